@@ -1,0 +1,1 @@
+"""Rank-deficiency analysis of LoRA."""

@@ -1,0 +1,234 @@
+"""Adapters: mappings from the matrices of a base model to their updates, with a full account of the file.
+
+Conventions
+-----------
+A *module* is one adapted matrix, named as in the base model's state dict without ``.weight``. A reader
+describes every module by a ``Module`` before it reads a number; the factors are read when asked for and
+never kept. Every tensor of the file is used by a module or listed as ``Unused`` with a reason, and every
+scale says where it came from.
+
+Values
+------
+``Target``, ``Module``, ``Unused``, ``Contents`` (what a reader returns), ``Adapter``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from lora_analysis.update import Update
+
+ScaleSource = Literal["tensor", "config", "header", "format default", "caller", "unknown"]
+"""Where the scale of a module came from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Which base tensor an update belongs to, how it is stored, and which slice of it.
+
+    Parameters
+    ----------
+    tensor : str
+        Name of the base tensor, ``.weight`` included.
+    transposed : bool
+        Whether the base stores it as (d_in, d_out), like transformers' ``Conv1D``.
+    rows, columns : (int, int), optional
+        Half-open range of output rows and input columns of the whole matrix as (d_out, d_in), for
+        blocks of a fused weight.
+    expert : int, optional
+        Index into the first axis of a stacked (experts, ., .) tensor.
+    """
+
+    tensor: str
+    transposed: bool = False
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+    expert: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Module:
+    """One adapted matrix as its file describes it, before any number is read.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        (d_out, d_in).
+    r : int
+        Declared inner dimension.
+    scale : float
+        NaN if ``scale_source`` is ``"unknown"``.
+    scale_source : str
+        One of ``ScaleSource``.
+    target : Target
+        Where it acts on the base.
+    tensors : tuple of str
+        The file's tensors it is made of.
+    read : callable
+        Reads the factors and returns the update.
+    """
+
+    shape: tuple[int, int]
+    r: int
+    scale: float
+    scale_source: ScaleSource
+    target: Target
+    tensors: tuple[str, ...]
+    read: Callable[[], Update]
+
+    def __post_init__(self) -> None:
+        if self.scale_source not in get_args(ScaleSource):
+            raise ValueError(
+                f"scale_source: expected one of {get_args(ScaleSource)}, got {self.scale_source!r}."
+            )
+        if math.isnan(self.scale) != (self.scale_source == "unknown"):
+            raise ValueError(f"a scale of {self.scale} cannot come from {self.scale_source!r}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """A tensor of the file that is no part of any update, and why."""
+
+    tensor: str
+    reason: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a reader found in a file: the whole of it."""
+
+    modules: Mapping[str, Module]
+    unused: tuple[Unused, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Where the file disagrees with itself, and which side won."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How to open an adapter again: ``reopen(*arguments)``, all picklable."""
+
+    reopen: Callable[..., Adapter]
+    arguments: tuple[Any, ...] = field(default=())
+
+
+class Adapter(Mapping[str, Update]):
+    """A mapping from module names to updates.
+
+    From a file by ``load_adapter``, from a live model by ``training.extract``, or from any mapping:
+    ``Adapter({"encoder.layer.0.query": LowRankUpdate(up, down, scale=2.0)})``.
+
+    An adapter of a file is lazy: ``adapter[module]`` reads that module's factors each time and keeps
+    none. It pickles as the way to open it again, a few hundred bytes whatever its size. An adapter made
+    from a mapping pickles with its tensors; there is nowhere else to find them.
+
+    Parameters
+    ----------
+    updates : mapping of str to Update
+        Module names to updates.
+    targets : mapping of str to Target, optional
+        Where they act on the base. By default module ``m`` acts on the tensor ``m.weight``.
+    source : str
+        What to call it in tables.
+
+    Attributes
+    ----------
+    source : str
+        Path, URL or name.
+    format : str
+        The format it was read as; ``"memory"`` for a plain mapping.
+    config, metadata : mapping
+        The adapter's own configuration file and header, as found.
+    modules : mapping of str to Module
+        Shape, r, scale, its source and target of each module, without reading numbers.
+    unused : tuple of Unused
+        The file's other tensors, each with a reason.
+    notes : tuple of str
+        Where the file disagreed with itself, and which side won.
+    """
+
+    def __init__(
+        self,
+        updates: Mapping[str, Update],
+        *,
+        targets: Mapping[str, Target] | None = None,
+        source: str = "memory",
+    ) -> None:
+        held = dict(updates)
+        placed = dict(targets or {})
+        if stray := sorted(placed.keys() - held.keys()):
+            raise ValueError(f"targets: expected modules of the adapter, got {stray[0]!r}.")
+        self.source = source
+        self.format = "memory"
+        self.config: Mapping[str, Any] = {}
+        self.metadata: Mapping[str, str] = {}
+        self.unused: tuple[Unused, ...] = ()
+        self.notes: tuple[str, ...] = ()
+        self.modules: Mapping[str, Module] = {
+            name: Module(
+                shape=update.shape,
+                r=update.r,
+                scale=update.scale,
+                scale_source="unknown" if math.isnan(update.scale) else "caller",
+                target=placed.get(name, Target(f"{name}.weight")),
+                tensors=(),
+                read=lambda update=update: update,  # type: ignore[misc]
+            )
+            for name, update in held.items()
+        }
+        self._origin = Origin(_from_memory, (held, placed, source))
+
+    @classmethod
+    def from_contents(
+        cls,
+        contents: Contents,
+        *,
+        source: str,
+        format: str,
+        origin: Origin,
+        config: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Adapter:
+        """An adapter of a file, as a reader describes it."""
+        adapter = cls({}, source=source)
+        adapter.format = format
+        adapter.config = dict(config or {})
+        adapter.metadata = dict(metadata or {})
+        adapter.modules = dict(contents.modules)
+        adapter.unused = contents.unused
+        adapter.notes = contents.notes
+        adapter._origin = origin
+        return adapter
+
+    def __getitem__(self, module: str) -> Update:
+        try:
+            return self.modules[module].read()
+        except KeyError:
+            raise KeyError(f"{self.source}: no module {module!r}; see list(adapter).") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.modules
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.source!r}, format={self.format!r}, {len(self)} modules)"
+
+    def __reduce__(self) -> tuple[Callable[..., Adapter], tuple[Any, ...]]:
+        return self._origin.reopen, self._origin.arguments
+
+    @property
+    def targets(self) -> Mapping[str, Target]:
+        """Where each module acts on the base."""
+        return {name: module.target for name, module in self.modules.items()}
+
+
+def _from_memory(updates: Mapping[str, Update], targets: Mapping[str, Target], source: str) -> Adapter:
+    return Adapter(updates, targets=targets, source=source)

@@ -1,0 +1,399 @@
+"""Updates: matrices ΔW known by a structure that gives their SVD without forming them.
+
+Conventions
+-----------
+``ΔW = scale · up @ down``, with ``up`` (d_out, r) the paper's B and ``down`` (r, d_in) its A; ΔW is
+(d_out, d_in), oriented as ``torch.nn.Linear.weight``. Factors stay in the dtype they were stored in;
+every number is computed in float64.
+
+Values
+------
+``Svd``, ``Update`` (the protocol), ``LowRankUpdate``, ``DenseUpdate``.
+
+References
+----------
+Hu et al. 2021, arXiv:2106.09685. The QR route is standard (Golub and Van Loan, *Matrix Computations*,
+5.4); the certified Gram route rests on Demmel's bound for Cholesky of a diagonally scaled matrix
+(Higham, *Accuracy and Stability of Numerical Algorithms*, theorem 10.5).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from lora_analysis.errors import UndefinedUpdateError, UnsupportedAdapterError
+
+CERTIFIED_CONDITION = 1e3
+"""Largest condition number of a column-scaled factor for which the Gram route is used: its relative
+error is then about 2⁻⁵³ · 10⁶ = 1e-10."""
+
+_CANCELLATION = 1e-6
+"""‖ΔW‖²/(Σ‖b_k‖‖a_k‖)² below which the Gram formula of the norm has lost digits and QR takes over."""
+
+
+class Svd(NamedTuple):
+    """A compact singular value decomposition, named and oriented as ``torch.linalg.svd``'s."""
+
+    U: Tensor
+    """Shape (d_out, k): left singular vectors, the output side, as orthonormal columns."""
+    S: Tensor
+    """Shape (k,): singular values, descending."""
+    Vh: Tensor
+    """Shape (k, d_in): right singular vectors, the input side, as orthonormal *rows*."""
+
+    @property
+    def V(self) -> Tensor:
+        """Shape (d_in, k): the right singular vectors as columns, a basis like ``U``."""
+        return self.Vh.mT
+
+    def top(self, k: int) -> Svd:
+        """The first k singular triples: the best rank-k part (Eckart-Young)."""
+        return Svd(self.U[:, :k], self.S[:k], self.Vh[:k])
+
+
+class Update(Protocol):
+    """What measures and tables rely on; nothing else."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+
+    @property
+    def r(self) -> int:
+        """The declared inner dimension; the rank of ΔW can be lower."""
+
+    @property
+    def scale(self) -> float:
+        """The factor before the product; NaN where the file does not say."""
+
+    @property
+    def eps(self) -> float:
+        """Relative rounding error (rms) of the stored numbers; NaN if unknown."""
+
+    def norm(self) -> float:
+        """Frobenius norm of ΔW, without an SVD."""
+
+    def singular_values(self) -> Tensor:
+        """Singular values of ΔW, shape (min(r, d_out, d_in),), descending, float64."""
+
+    def svd(self, k: int | None = None) -> Svd:
+        """Compact SVD of ΔW in float64, the first k triples if k is given."""
+
+    def dense(self) -> Tensor:
+        """ΔW itself, shape (d_out, d_in), float64."""
+
+
+UpdateT = TypeVar("UpdateT", bound="LowRankUpdate | DenseUpdate")
+
+
+def rounding_error(dtype: torch.dtype) -> float:
+    """Relative rounding error (rms) of numbers stored in a floating dtype.
+
+    ``eps · sqrt(3 / (8 ln 2) / 12)``: an error uniform over one spacing, relative to numbers whose
+    mantissa is log-uniform. 1.66e-3 for bfloat16, 2.07e-4 for float16, 2.53e-8 for float32.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        A floating dtype.
+
+    Returns
+    -------
+    float
+        Dimensionless.
+
+    Examples
+    --------
+    >>> f"{rounding_error(torch.bfloat16):.3e}"
+    '1.659e-03'
+    """
+    return torch.finfo(dtype).eps * math.sqrt(3 / (8 * math.log(2)) / 12)
+
+
+def with_scale(update: UpdateT, scale: float) -> UpdateT:
+    """The same update under another scale, sharing its tensors.
+
+    With ``scale=1`` it gives the scale-free figures of an update whose scale is unknown.
+    """
+    return replace(update, scale=scale)
+
+
+def _require_matrix(name: str, tensor: Tensor) -> None:
+    if tensor.ndim != 2:
+        raise ValueError(f"{name}: expected a matrix, got shape {tuple(tensor.shape)}.")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected floating-point numbers, got {tensor.dtype}.")
+
+
+def _require_known_scale(scale: float) -> None:
+    if math.isnan(scale):
+        raise UndefinedUpdateError(
+            "the scale of this update is unknown, so its norm and singular values are too. Pass alpha= "
+            "when loading it, or use with_scale(update, 1.0) for figures that do not depend on scale."
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRankUpdate:
+    """A product of two thin factors, ``ΔW = scale · up @ down``.
+
+    Parameters
+    ----------
+    up : Tensor, shape (d_out, r)
+        The paper's B, in the dtype it was stored in.
+    down : Tensor, shape (r, d_in)
+        The paper's A.
+    scale : float
+        alpha / r for LoRA, alpha / sqrt(r) for rsLoRA; NaN where it is unknown.
+    stored_dtype : torch.dtype, optional
+        The dtype of the file, where the factors were computed from stored numbers rather than read.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the factors are not floating-point matrices that share r.
+
+    Examples
+    --------
+    >>> update = LowRankUpdate(torch.eye(3, 2), torch.eye(2, 3), scale=2.0)
+    >>> update.singular_values().tolist()
+    [2.0, 2.0]
+    >>> round(update.norm(), 12)
+    2.828427124746
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float
+    stored_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        _require_matrix("up", self.up)
+        _require_matrix("down", self.down)
+        if self.up.shape[1] != self.down.shape[0]:
+            raise ValueError(
+                f"expected up (d_out, r) and down (r, d_in) to share r, "
+                f"got {tuple(self.up.shape)} and {tuple(self.down.shape)}."
+            )
+
+    def __repr__(self) -> str:
+        d_out, d_in = self.shape
+        return f"LowRankUpdate({d_out}x{d_in}, r={self.r}, scale={self.scale:g}, {self.up.dtype})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def r(self) -> int:
+        """The inner dimension of the product."""
+        return self.up.shape[1]
+
+    @property
+    def eps(self) -> float:
+        """Relative rounding error (rms) of the coarser of the two stored factors."""
+        if self.stored_dtype is not None:
+            return rounding_error(self.stored_dtype)
+        return max(rounding_error(self.up.dtype), rounding_error(self.down.dtype))
+
+    @property
+    def finite(self) -> bool:
+        """Whether the factors hold no NaN and no infinity."""
+        return bool(self.up.isfinite().all() and self.down.isfinite().all())
+
+    def norm(self) -> float:
+        """Frobenius norm of ΔW.
+
+        ``|scale| · sqrt(sum((up.T @ up) * (down @ down.T)))``, or the norm of the r x r core where
+        that sum has cancelled.
+        """
+        up, down = self._balanced_factors()
+        if self.r == 0:
+            return 0.0
+        square = float(((up.mT @ up) * (down @ down.mT)).sum())
+        bound = float((up.norm(dim=0) * down.norm(dim=1)).sum()) ** 2
+        if square > _CANCELLATION * bound:
+            return abs(self.scale) * math.sqrt(square)
+        r_up, r_down = torch.linalg.qr(up).R, torch.linalg.qr(down.mT).R
+        return abs(self.scale) * float((r_up @ r_down.mT).norm())
+
+    def core(self) -> tuple[Tensor, Tensor]:
+        """Triangular factors of the gauge-balanced product: ``ΔW = scale · Q_up R_up R_downᵀ Q_downᵀ``.
+
+        Everything that ΔW's spectrum and the storage noise depend on, without its long sides. By
+        Cholesky of the float64 Gram matrices while that is certified to keep ten digits, else by QR.
+
+        Returns
+        -------
+        R_up : Tensor, shape (min(d_out, r), r)
+        R_down : Tensor, shape (min(d_in, r), r)
+            Float64. Columns of both are scaled alike against the stored factors (see ``svd``).
+        """
+        up, down = self._balanced_factors()
+        return _triangular_factor(up), _triangular_factor(down.mT)
+
+    def singular_values(self) -> Tensor:
+        """Singular values of ΔW, shape (min(r, d_out, d_in),), descending, float64.
+
+        The fast route: relative error about 1e-10, and never worse than 1e-15 of the largest.
+        """
+        r_up, r_down = self.core()
+        return abs(self.scale) * torch.linalg.svdvals(r_up @ r_down.mT)
+
+    def svd(self, k: int | None = None) -> Svd:
+        """Compact SVD of ΔW in float64: QR of both factors and an SVD of the r x r core.
+
+        The gauge is balanced first (column j of ``up`` and row j of ``down`` brought to like norms by
+        powers of two, exactly), because the error of the route is relative to ‖up‖‖down‖.
+
+        Parameters
+        ----------
+        k : int, optional
+            Keep the first k triples. All min(r, d_out, d_in) by default.
+
+        Returns
+        -------
+        Svd
+            The sign of the scale goes into ``U``; ``S`` is nonnegative.
+
+        Raises
+        ------
+        UndefinedUpdateError
+            If the scale is unknown or a factor holds NaN or infinities.
+        """
+        up, down = self._balanced_factors()
+        q_up, r_up = torch.linalg.qr(up)
+        q_down, r_down = torch.linalg.qr(down.mT)
+        U, S, Vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+        sign = -1.0 if self.scale < 0 else 1.0
+        return Svd(q_up @ (sign * U[:, :k]), abs(self.scale) * S[:k], Vh[:k] @ q_down.mT)
+
+    def dense(self) -> Tensor:
+        """ΔW itself, shape (d_out, d_in), float64."""
+        _require_known_scale(self.scale)
+        return self.scale * (self.up.double() @ self.down.double())
+
+    def _balanced_factors(self) -> tuple[Tensor, Tensor]:
+        """Both factors in float64, rank-one terms of like norms on either side."""
+        _require_known_scale(self.scale)
+        up, down = self.up.double(), self.down.double()
+        up_norms, down_norms = up.norm(dim=0), down.norm(dim=1)
+        ratio = down_norms / up_norms
+        if not (up_norms.isfinite().all() and down_norms.isfinite().all()):
+            raise UndefinedUpdateError(
+                "the factors of this update hold NaN or infinities, so it has no spectrum."
+            )
+        balanceable = (up_norms > 0) & (down_norms > 0)
+        exponent = torch.where(balanceable, ratio, 1.0).log2().div(2).round()
+        return up * torch.exp2(exponent), down * torch.exp2(-exponent)[:, None]
+
+
+def _triangular_factor(factor: Tensor) -> Tensor:
+    """R with ``R.T @ R = factor.T @ factor``, for a tall float64 factor (d, r)."""
+    d, r = factor.shape
+    if r <= d:
+        gram = factor.mT @ factor
+        size = gram.diagonal().sqrt()
+        if r > 0 and bool((size > 0).all()):
+            # Scaling to a unit diagonal first makes the error depend on the condition of the
+            # directions alone, not on how unevenly the gauge spreads their lengths.
+            lower, info = torch.linalg.cholesky_ex(gram / (size * size[:, None]))
+            if int(info) == 0:
+                identity = torch.eye(r, dtype=lower.dtype, device=lower.device)
+                inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+                # ‖L‖_F ‖L⁻¹‖_F bounds the condition from above; ‖L‖_F is sqrt(r) by the scaling.
+                if math.sqrt(r) * float(inverse.norm()) <= CERTIFIED_CONDITION:
+                    return lower.mT * size
+    return torch.linalg.qr(factor, mode="r").R
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseUpdate:
+    """An update held as a full matrix: the difference of two checkpoints, or DoRA's true update.
+
+    Parameters
+    ----------
+    matrix : Tensor, shape (d_out, d_in)
+    scale : float
+        Multiplies the matrix; 1 for a plain difference.
+    declared_r : int, optional
+        The inner dimension its file declares, min(d_out, d_in) if there is none.
+    stored_dtype : torch.dtype, optional
+        The dtype of the file, where the matrix was computed from stored numbers.
+    """
+
+    matrix: Tensor
+    scale: float = 1.0
+    declared_r: int | None = None
+    stored_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        _require_matrix("matrix", self.matrix)
+
+    def __repr__(self) -> str:
+        d_out, d_in = self.shape
+        return f"DenseUpdate({d_out}x{d_in}, scale={self.scale:g}, {self.matrix.dtype})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    def r(self) -> int:
+        """The declared inner dimension; the smaller side of the matrix if there is none."""
+        return min(self.shape) if self.declared_r is None else self.declared_r
+
+    @property
+    def eps(self) -> float:
+        """Relative rounding error (rms) of the stored numbers."""
+        return rounding_error(self.matrix.dtype if self.stored_dtype is None else self.stored_dtype)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the matrix holds no NaN and no infinity."""
+        return bool(self.matrix.isfinite().all())
+
+    def norm(self) -> float:
+        """Frobenius norm."""
+        return float(self.dense().norm())
+
+    def singular_values(self) -> Tensor:
+        """Singular values, shape (min(d_out, d_in),), descending, float64."""
+        return torch.linalg.svdvals(self._finite_matrix())
+
+    def svd(self, k: int | None = None) -> Svd:
+        """Compact SVD in float64, the first k triples if k is given."""
+        U, S, Vh = torch.linalg.svd(self._finite_matrix(), full_matrices=False)
+        return Svd(U[:, :k], S[:k], Vh[:k])
+
+    def dense(self) -> Tensor:
+        """The matrix, scaled, in float64."""
+        _require_known_scale(self.scale)
+        return self.scale * self.matrix.double()
+
+    def _finite_matrix(self) -> Tensor:
+        if not self.finite:
+            raise UndefinedUpdateError("the matrix of this update holds NaN or infinities.")
+        return self.dense()
+
+
+def factors(update: Update) -> tuple[Tensor, Tensor]:
+    """``(up, down)`` of a low-rank update, the paper's B and A, as stored.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        If the update is not one product of two factors.
+    """
+    if not isinstance(update, LowRankUpdate):
+        raise UnsupportedAdapterError(
+            f"{update!r}: expected an update with factors A and B. Analyse it with target='update'."
+        )
+    return update.up, update.down
