@@ -81,9 +81,7 @@ class Module:
 
     def __post_init__(self) -> None:
         if self.scale_source not in get_args(ScaleSource):
-            raise ValueError(
-                f"scale_source: expected one of {get_args(ScaleSource)}, got {self.scale_source!r}."
-            )
+            raise ValueError(f"scale_source: expected one of {get_args(ScaleSource)}, got {self.scale_source!r}.")
         if math.isnan(self.scale) != (self.scale_source == "unknown"):
             raise ValueError(f"a scale of {self.scale} cannot come from {self.scale_source!r}.")
 

@@ -1,0 +1,298 @@
+"""Base models as lazy mappings from targets to matrices, always oriented (d_out, d_in).
+
+Conventions
+-----------
+One matrix at a time is read, never the whole model. A matrix keeps its stored dtype; a weight stored as
+(d_in, d_out), like those of transformers' ``Conv1D``, comes back as a transposed view.
+
+How a weight is stored is decided by, in order: the shape of the update, where only one orientation fits;
+the base itself, for a square weight (the module's type in a live model; in a file, a bias that proves
+another weight of the same name to be transposed, as GPT-2's ``mlp.c_proj`` proves for the square
+``attn.c_proj``); what the adapter's configuration says (``fan_in_fan_out``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_analysis.adapter import Target
+from lora_analysis.checkpoint import Checkpoint, StateDict, open_checkpoint
+from lora_analysis.errors import BaseWeightsError, CheckpointError
+
+_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+)
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "base_layer.")
+_PREFIXES = ("module.", "base_model.model.")
+_MAX_DROPPED = 2
+
+
+class BaseWeights:
+    """The matrices of a base model, read one at a time.
+
+    Made by ``load_base``. It pickles as the path to open again, or with its tensors when they were given
+    in memory.
+
+    Attributes
+    ----------
+    source : str
+        Path, or a name for what was given in memory.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        source: str,
+        origin: object,
+        device: str | torch.device = "cpu",
+        stored: Mapping[str, bool] | None = None,
+    ) -> None:
+        self.source = source
+        self._checkpoint = checkpoint
+        self._origin = origin
+        self._device = torch.device(device)
+        self._names = {_plain_name(name): name for name in checkpoint}
+        self._stored = stored
+        self._proven: dict[str, bool] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_base, (self._origin, self._device)
+
+    def __repr__(self) -> str:
+        return f"BaseWeights({self.source!r}, {len(self)} tensors)"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, tensor: object) -> bool:
+        return tensor in self._names
+
+    def find(self, tensor: str) -> str:
+        """The base's own name of a tensor an adapter names, whose prefix may differ.
+
+        The exact name wins. Otherwise up to two leading components are dropped from the adapter's name
+        (``transformer.h.0…`` in a file saved from the bare model), or the one base name that ends in it
+        is taken (a prefix the adapter lacks).
+
+        Raises
+        ------
+        BaseWeightsError
+            If nothing fits, or several names do.
+        """
+        if tensor in self._names:
+            return tensor
+        parts = tensor.split(".")
+        for dropped in range(1, min(_MAX_DROPPED, len(parts) - 2) + 1):
+            shorter = ".".join(parts[dropped:])
+            if shorter in self._names:
+                return shorter
+        longer = [name for name in self._names if name.endswith(f".{tensor}")]
+        if len(longer) == 1:
+            return longer[0]
+        if longer:
+            raise BaseWeightsError(
+                f"{self.source}: {tensor!r} could be any of {len(longer)} tensors ({longer[0]!r}, {longer[1]!r}, …). "
+                "Give the component's own weights as the base."
+            )
+        example = next(iter(self._names), "nothing")
+        raise BaseWeightsError(
+            f"{self.source}: expected the tensor {tensor!r} that the adapter updates, found none of that name "
+            f"among {len(self)} (first: {example!r}). Is this the model the adapter was trained on?"
+        )
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Shape of a tensor as stored, without reading it."""
+        return self._checkpoint.shape(self._names[self.find(tensor)])
+
+    def matrix(self, target: Target, shape: tuple[int, int] | None = None) -> Tensor:
+        """The base matrix an update acts on.
+
+        Parameters
+        ----------
+        target : Target
+            From ``adapter.targets[module]``.
+        shape : (int, int), optional
+            Shape of the update, which the matrix must have.
+
+        Returns
+        -------
+        Tensor, shape (d_out, d_in)
+            In the stored dtype; convolution kernels unfolded to (out, in·k·k).
+
+        Raises
+        ------
+        BaseWeightsError
+            If the base lacks it, its shape does not fit, or it is stored quantised.
+        """
+        name = self.find(target.tensor)
+        weight = self._checkpoint[self._names[name]].detach().to(self._device)
+        where = f"{self.source}: {name!r}"
+        if not weight.is_floating_point():
+            raise BaseWeightsError(
+                f"{where}: expected floating-point weights, got {weight.dtype} (a quantised base?). "
+                "Give the original weights."
+            )
+        if target.expert is not None:
+            if weight.ndim != 3 or not 0 <= target.expert < weight.shape[0]:
+                raise BaseWeightsError(
+                    f"{where}: expected a stack of experts with number {target.expert}, got {tuple(weight.shape)}."
+                )
+            weight = weight[target.expert]
+        if weight.ndim < 2:
+            raise BaseWeightsError(f"{where}: expected a matrix, got shape {tuple(weight.shape)}.")
+        weight = weight.flatten(1)
+        transposed = self._transposed(name, target, (weight.shape[0], weight.shape[1]), shape)
+        weight = weight.mT if transposed else weight
+        rows, columns = (slice(*(bounds or (None,))) for bounds in (target.rows, target.columns))
+        return weight[rows, columns]
+
+    def _transposed(self, name: str, target: Target, stored: tuple[int, int], shape: tuple[int, int] | None) -> bool:
+        fitting = [flip for flip in (False, True) if _fits(target, stored[::-1] if flip else stored, shape)]
+        if not fitting:
+            wanted = "x".join(map(str, shape)) if shape else "the target's slice"
+            part = "" if target.rows is None else f" in rows {target.rows[0]}:{target.rows[1]}"
+            raise BaseWeightsError(
+                f"{self.source}: {name!r}: expected {wanted}{part}, got {stored[0]}x{stored[1]}. "
+                "Is this the model the adapter was trained on?"
+            )
+        if len(fitting) == 1:
+            return fitting[0]
+        if self._stored is not None and name in self._stored:
+            return self._stored[name]
+        return target.transposed or self._proven_transposed(name)
+
+    def _proven_transposed(self, name: str) -> bool:
+        """Whether a bias proves that weights of this last name are stored as (d_in, d_out)."""
+        family = ".".join(name.split(".")[-2:])
+        if family not in self._proven:
+            self._proven[family] = any(
+                self._bias_runs_along_columns(other)
+                for other in self._names
+                if other.endswith(f".{family}") and other.endswith(".weight")
+            )
+        return self._proven[family]
+
+    def _bias_runs_along_columns(self, name: str) -> bool:
+        bias = name.removesuffix("weight") + "bias"
+        if bias not in self._names:
+            return False
+        shape = self._checkpoint.shape(self._names[name])
+        length = self._checkpoint.shape(self._names[bias])
+        return len(shape) == 2 and shape[0] != shape[1] and length == shape[1:]
+
+
+def load_base(
+    source: str | os.PathLike[str] | nn.Module | Mapping[str, Tensor],
+    *,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> BaseWeights:
+    """The weights of a base model, lazily.
+
+    Parameters
+    ----------
+    source : path, nn.Module or mapping
+        A ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file; an ``*.index.json`` of shards; a directory
+        with one of these; a live model, also one that carries LoRA layers; or a state dict.
+    device : str or torch.device
+        Where matrices are put.
+    revision : str, optional
+        Reserved for hub sources, which are not read yet.
+
+    Returns
+    -------
+    BaseWeights
+
+    Raises
+    ------
+    BaseWeightsError
+        If there are no weights at ``source`` or they cannot be read.
+
+    Examples
+    --------
+    >>> base = load_base({"lin.weight": torch.ones(2, 3)})
+    >>> base.matrix(Target("lin.weight")).shape
+    torch.Size([2, 3])
+    """
+    if revision is not None:
+        raise ValueError("revision: expected None, hub sources are not read yet. Give a local path.")
+    return _load_base(source, torch.device(device))
+
+
+def _load_base(source: Any, device: torch.device) -> BaseWeights:
+    if isinstance(source, nn.Module):
+        return BaseWeights(
+            StateDict(source.state_dict()),
+            source=type(source).__name__,
+            origin=source,
+            device=device,
+            stored=_stored_transposed(source),
+        )
+    if isinstance(source, Mapping):
+        return BaseWeights(StateDict(source), source="state dict", origin=source, device=device)
+    path = Path(source)
+    try:
+        checkpoint = open_checkpoint(_weights_file(path))
+    except CheckpointError as error:
+        raise BaseWeightsError(str(error)) from error
+    return BaseWeights(checkpoint, source=str(path), origin=path, device=device)
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise BaseWeightsError(f"{path}: no such file or directory.")
+    for name in _FILES:
+        if (path / name).is_file():
+            return path / name
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise BaseWeightsError(
+            f"{path}: expected model weights ({', '.join(_FILES[:4])}, or a single .safetensors file), "
+            f"found {len(files) or 'none'}."
+        )
+    return files[0]
+
+
+def _plain_name(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _stored_transposed(model: nn.Module) -> dict[str, bool]:
+    """How a live model stores its weights, by the types of its modules."""
+    return {
+        # transformers' Conv1D is recognised by name, so that transformers need not be imported.
+        _plain_name(f"{name}.weight"): type(module).__name__ == "Conv1D"
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+    }
+
+
+def _fits(target: Target, whole: tuple[int, int], shape: tuple[int, int] | None) -> bool:
+    for axis, bounds in enumerate((target.rows, target.columns)):
+        if bounds is not None and not 0 <= bounds[0] <= bounds[1] <= whole[axis]:
+            return False
+        length = whole[axis] if bounds is None else bounds[1] - bounds[0]
+        if shape is not None and shape[axis] != length:
+            return False
+    return True

@@ -1,0 +1,197 @@
+"""On-disk formats of adapters: one file each, with ``NAME``, ``matches``, ``read`` and, where we write, ``write``.
+
+``FORMATS`` is the whole list, in the order of detection. What a file is, its content decides; ``format=``
+overrides it. A format that is recognised but not read is named (``formats.unread``), never half read.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_analysis.adapter import Adapter, Contents, Origin
+from lora_analysis.base import BaseWeights, load_base
+from lora_analysis.checkpoint import Checkpoint, open_checkpoint, read_json
+from lora_analysis.errors import AdapterFormatError, CheckpointError, UnsupportedAdapterError
+from lora_analysis.formats import loralib, peft, unread
+from lora_analysis.formats.options import ReadOptions, Split, parse_split
+
+FORMATS = (peft, loralib)
+"""Every format that is read, in the order of detection."""
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def load_adapter(
+    source: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    alpha: float | None = None,
+    base: BaseWeights | str | os.PathLike[str] | None = None,
+    split: Split | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    name: str | None = None,
+) -> Adapter:
+    """A trained adapter, lazily, with every tensor of its file accounted for.
+
+    Parameters
+    ----------
+    source : path
+        A directory with ``adapter_config.json`` and weights, or a file of tensors.
+    format : str, optional
+        Read as this format (one of ``FORMATS``) instead of detecting it.
+    alpha : float, optional
+        The lora_alpha of training, where the file does not hold it or is wrong.
+    base : BaseWeights or path, optional
+        The base model, where the file alone leaves something open (which layers are fused).
+    split : str or sequence, optional
+        Which slots of a fused q,k,v weight a loralib ``MergedLinear`` adapts: ``"q,v"``, or its
+        ``enable_lora``, ``[True, False, True]``.
+    device : str or torch.device
+        Where factors are put when they are read.
+    revision : str, optional
+        Reserved for hub sources, which are not read yet.
+    name : str, optional
+        Which adapter, where a directory or a file holds several.
+
+    Returns
+    -------
+    Adapter
+
+    Raises
+    ------
+    AdapterFormatError
+        If the file is missing, damaged, or breaks the rules of its format.
+    UnsupportedAdapterError
+        If it is of a format or kind that is recognised and not read.
+
+    Notes
+    -----
+    A scale that nothing states is unknown (``scale`` is NaN, ``scale_source`` is ``"unknown"``), not 1:
+    figures that do not depend on it are given, the others ask for ``alpha``.
+    """
+    if revision is not None:
+        raise ValueError("revision: expected None, hub sources are not read yet. Give a local path.")
+    formats = {module.NAME: module for module in FORMATS}
+    if format is not None and format not in formats:
+        raise ValueError(f"format: expected one of {', '.join(formats)}, got {format!r}.")
+    path = Path(source)
+    weights, config_file = _files(path, name)
+    try:
+        checkpoint = open_checkpoint(weights)
+        config = read_json(config_file) if config_file else {}
+    except CheckpointError as error:
+        raise AdapterFormatError(str(error)) from error
+    options = ReadOptions(
+        where=str(path),
+        alpha=alpha,
+        base=base if base is None or isinstance(base, BaseWeights) else load_base(base),
+        split=parse_split(split),
+        device=torch.device(device),
+        name=name,
+    )
+    chosen = formats[format] if format else _detected(checkpoint, config, str(path))
+    contents: Contents = chosen.read(checkpoint, config, options)
+    if not contents.modules:
+        raise AdapterFormatError(
+            f"{path}: expected LoRA factors, found none among its {len(checkpoint)} tensors (read as {chosen.NAME!r})."
+        )
+    arguments = {
+        "format": format,
+        "alpha": alpha,
+        "base": base,
+        "split": split,
+        "device": device,
+        "revision": revision,
+        "name": name,
+    }
+    return Adapter.from_contents(
+        contents,
+        source=str(path),
+        format=chosen.NAME,
+        config=config,
+        metadata=checkpoint.metadata,
+        origin=Origin(_reopened, (str(path), arguments)),
+    )
+
+
+def save_adapter(adapter: Adapter, directory: str | os.PathLike[str], *, format: str = "peft") -> Path:
+    """Write an adapter; what the format cannot hold exactly is refused.
+
+    Only updates are written: biases and full tensors that ``adapter.unused`` lists are not, with a warning.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        Low-rank updates of whole matrices with known scales.
+    directory : path
+        Made if absent. Files are written under temporary names and moved into place.
+    format : str
+        ``"peft"``.
+
+    Returns
+    -------
+    Path
+        The directory.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        If an update is no product of two factors, or acts on a slice of a weight.
+    UndefinedUpdateError
+        If the scale of a module is unknown.
+    """
+    if format != peft.NAME:
+        raise ValueError(f"format: expected 'peft', the only one written so far, got {format!r}.")
+    return peft.write(adapter, Path(directory))
+
+
+def _reopened(source: str, arguments: dict[str, Any]) -> Adapter:
+    return load_adapter(source, **arguments)
+
+
+def _files(path: Path, name: str | None) -> tuple[Path, Path | None]:
+    """The file of tensors and, if there is one, the configuration beside it."""
+    if path.is_file():
+        config = path.parent / _CONFIG
+        return path, config if path.name in _WEIGHTS and config.is_file() else None
+    if not path.is_dir():
+        raise AdapterFormatError(f"{path}: no such file or directory.")
+    if name is not None and (path / name / _CONFIG).is_file():
+        path = path / name
+    config = path / _CONFIG
+    for weights in _WEIGHTS:
+        if (path / weights).is_file():
+            return path / weights, config if config.is_file() else None
+    inner = sorted(entry.parent.name for entry in path.glob(f"*/{_CONFIG}"))
+    if inner:
+        raise AdapterFormatError(
+            f"{path}: expected one adapter, found a folder of {len(inner)} ({', '.join(inner[:4])}). "
+            "Pass one of them, or its name=."
+        )
+    files = sorted(file for file in path.iterdir() if file.suffix in {".safetensors", ".bin", ".pt", ".pth", ".npz"})
+    if len(files) != 1:
+        raise AdapterFormatError(
+            f"{path}: expected {' or '.join(_WEIGHTS)}, or one file of tensors, found {len(files) or 'none'}."
+        )
+    return files[0], config if config.is_file() else None
+
+
+def _detected(checkpoint: Checkpoint, config: dict[str, Any], where: str) -> Any:
+    if found := unread.recognised(checkpoint, config):
+        raise UnsupportedAdapterError(
+            f"{where}: holds {found}, which is not read yet. Read are: {', '.join(f.NAME for f in FORMATS)}."
+        )
+    for module in FORMATS:
+        if module.matches(checkpoint, config):
+            return module
+    first = next(iter(checkpoint), None)
+    raise AdapterFormatError(
+        f"{where}: no known format matches its {len(checkpoint)} tensors (first: {first!r}). "
+        f"Known: {', '.join(module.NAME for module in FORMATS)}."
+    )

@@ -1,0 +1,193 @@
+"""loralib (microsoft/LoRA): ``lora.lora_state_dict`` of Linear and MergedLinear layers.
+
+Conventions
+-----------
+``<module>.lora_A`` (r, d_in) and ``<module>.lora_B`` (d_out, r), no ``.weight``; ΔW = B·A·lora_alpha / r.
+A ``MergedLinear`` over n equal slots, g of them enabled, holds A (g·r, d_in) and B (g·d_out/n, r): block k
+is B's k-th block of rows times A's k-th block, in the k-th *enabled* slot. It comes apart into one module
+per block, ``<module>.q``, ``<module>.v``.
+
+lora_alpha is never in the file: without ``alpha=`` the scale is unknown. Which slots are enabled is not
+there either, but for old files with ``lora_ind``: ``split=`` says. A ``ConvLoRA`` or an ``Embedding`` looks
+like a Linear in its file; given ``base=`` it is recognised and refused. Facts from ``loralib/layers.py`` and
+``loralib/utils.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from lora_analysis.adapter import Contents, Module, ScaleSource, Target, Unused
+from lora_analysis.base import BaseWeights
+from lora_analysis.checkpoint import Checkpoint, nbytes
+from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
+from lora_analysis.formats.options import ReadOptions, Slots, parse_split
+from lora_analysis.update import LowRankUpdate
+
+NAME = "loralib"
+
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])$")
+
+
+def matches(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
+    """Whether some tensors end in a bare ``lora_A`` or ``lora_B``."""
+    return any(_FACTOR.match(name) for name in checkpoint)
+
+
+def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions) -> Contents:
+    """Describe every tensor of a loralib state dict."""
+    where = options.where
+    prefix = "module." if all(name.startswith("module.") for name in checkpoint) else ""
+    keys = sorted(name for name in checkpoint if _FACTOR.match(name))
+    modules: dict[str, Module] = {}
+    used: set[str] = set()
+    for stem in dict.fromkeys(key.rsplit(".", 1)[0] for key in keys):
+        key_a, key_b = f"{stem}.lora_A", f"{stem}.lora_B"
+        for key in (key_a, key_b):
+            if key not in checkpoint:
+                raise AdapterFormatError(f"{where}: {stem!r}: expected lora_A and lora_B, {key!r} is missing.")
+        modules |= _blocks(checkpoint, stem, stem.removeprefix(prefix), options)
+        used |= {key_a, key_b} | ({f"{stem}.lora_ind"} & set(checkpoint))
+    unused = tuple(Unused(key, _reason(key), nbytes(checkpoint, key)) for key in checkpoint if key not in used)
+    notes = (
+        ()
+        if options.alpha is not None
+        else (
+            "loralib files do not hold lora_alpha: the scale is unknown. Pass alpha= (the training script's "
+            "--lora_alpha; loralib's own default is 1).",
+        )
+    )
+    return Contents(modules, unused, notes)
+
+
+def _blocks(checkpoint: Checkpoint, stem: str, module: str, options: ReadOptions) -> dict[str, Module]:
+    """The update of a Linear, or of each enabled slot of a MergedLinear."""
+    where = options.where
+    shape_a, shape_b = checkpoint.shape(f"{stem}.lora_A"), checkpoint.shape(f"{stem}.lora_B")
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_b[1] == 0 or shape_a[0] % shape_b[1]:
+        raise AdapterFormatError(
+            f"{where}: {module!r}: expected lora_A (r, d_in) and lora_B (d_out, r), or a MergedLinear's "
+            f"(g·r, d_in) and (g·d_out/n, r), got {shape_a} and {shape_b}. The file was read as 'loralib'; "
+            "build other layouts with Adapter({module: LowRankUpdate(up, down, scale)})."
+        )
+    r = shape_b[1]
+    groups = shape_a[0] // r
+    scale, source = _scale(options.alpha, r)
+    slots = _slots(checkpoint, stem, module, groups, options)
+    keys = (f"{stem}.lora_A", f"{stem}.lora_B")
+    if slots is None:
+        whole = partial(_read_block, checkpoint, keys, (0, r), (0, shape_b[0]), scale, options.device)
+        target = Target(f"{module}.weight")
+        return {module: Module((shape_b[0], shape_a[1]), r, scale, source, target, keys, whole)}
+    if shape_b[0] % groups:
+        raise AdapterFormatError(
+            f"{where}: {module!r}: expected the {shape_b[0]} rows of lora_B in {groups} equal blocks."
+        )
+    height = shape_b[0] // groups
+    return {
+        f"{module}.{name}": Module(
+            shape=(height, shape_a[1]),
+            r=r,
+            scale=scale,
+            scale_source=source,
+            target=Target(f"{module}.weight", rows=(slot * height, (slot + 1) * height)),
+            tensors=keys,
+            read=partial(
+                _read_block,
+                checkpoint,
+                keys,
+                (block * r, (block + 1) * r),
+                (block * height, (block + 1) * height),
+                scale,
+                options.device,
+            ),
+        )
+        for block, (name, slot) in enumerate(zip(slots.names, slots.indices, strict=True))
+    }
+
+
+def _slots(checkpoint: Checkpoint, stem: str, module: str, groups: int, options: ReadOptions) -> Slots | None:
+    """The enabled slots of a MergedLinear; None for a Linear.
+
+    One enabled slot looks like a Linear whose B has fewer rows than the base, so only the base or the
+    caller can tell.
+    """
+    where, split = options.where, options.split
+    rows = checkpoint.shape(f"{stem}.lora_B")[0]
+    height = rows // groups
+    if f"{stem}.lora_ind" in checkpoint:
+        return _slots_of_mask(checkpoint[f"{stem}.lora_ind"], height, groups, where, module)
+    d_out = None
+    if options.base is not None:
+        d_out = _base_rows(options.base, module, checkpoint.shape(f"{stem}.lora_A")[1], where)
+    fits = split is not None and len(split.names) == groups
+    if groups == 1 and (d_out == rows or (d_out is None and not fits)):
+        return None
+    if split is not None and fits:
+        if d_out is not None and d_out != split.total * height:
+            raise AdapterFormatError(
+                f"{where}: {module!r}: expected a base with {split.total} blocks of {height} rows, got {d_out} rows. "
+                "Is split= right?"
+            )
+        return split
+    if split is None and d_out == rows:
+        return parse_split([True] * groups)
+    raise AdapterFormatError(
+        f"{where}: {module!r}: a MergedLinear with {groups} enabled slot(s) of a fused weight, and the file does "
+        f"not say which. Pass split= with {groups} of q,k,v (the training script's enable_lora), as 'q,v'."
+    )
+
+
+def _base_rows(base: BaseWeights, module: str, d_in: int, where: str) -> int:
+    """Output rows of the base matrix, whichever way it is stored."""
+    shape = base.shape(f"{module}.weight")
+    if len(shape) != 2:
+        raise UnsupportedAdapterError(
+            f"{where}: {module!r}: LoRA on a base tensor of shape {shape} (a convolution?), which is not read yet."
+        )
+    if d_in not in shape:
+        raise AdapterFormatError(
+            f"{where}: {module!r}: expected a base matrix with {d_in} input columns, got {shape}. "
+            "(LoRA on embeddings, which looks alike, is not read yet.)"
+        )
+    return shape[0] if shape[1] == d_in else shape[1]
+
+
+def _slots_of_mask(mask: torch.Tensor, height: int, groups: int, where: str, module: str) -> Slots:
+    flags = mask.bool().flatten()
+    enabled = flags.view(-1, height) if height and len(flags) % height == 0 else flags.view(1, -1)
+    uniform = bool((enabled.all(1) == enabled.any(1)).all())
+    slots = parse_split([bool(row.all()) for row in enabled]) if uniform and bool(flags.any()) else None
+    if slots is None or len(slots.names) != groups:
+        raise AdapterFormatError(f"{where}: {module!r}: lora_ind does not mark {groups} slots of {height} rows.")
+    return slots
+
+
+def _scale(alpha: float | None, r: int) -> tuple[float, ScaleSource]:
+    return (math.nan, "unknown") if alpha is None else (alpha / r, "caller")
+
+
+def _read_block(
+    checkpoint: Checkpoint,
+    keys: tuple[str, str],
+    rows_a: tuple[int, int],
+    rows_b: tuple[int, int],
+    scale: float,
+    device: torch.device,
+) -> LowRankUpdate:
+    down, up = (checkpoint[key].to(device) for key in keys)
+    return LowRankUpdate(up[slice(*rows_b)], down[slice(*rows_a)], scale)
+
+
+def _reason(key: str) -> str:
+    if key.endswith("lora_ind"):
+        return "the slot mask of a MergedLinear without factors"
+    if key.endswith("bias"):
+        return "bias: a full bias in place of the base's"
+    return "a full tensor trained beside LoRA, no part of any update"
