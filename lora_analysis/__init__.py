@@ -1,1 +1,94 @@
-"""Rank-deficiency analysis of LoRA."""
+"""Rank-deficiency analysis of LoRA: exact spectra, subspace similarity and amplification, each with its null.
+
+An adapter is a mapping from the matrices of a base model to updates; an update is a matrix ΔW known by a
+structure that gives its SVD without forming it.
+
+>>> import torch, lora_analysis as la
+>>> generator = torch.Generator().manual_seed(0)
+>>> up, down = (torch.randn(shape, generator=generator) for shape in ((64, 4), (4, 48)))
+>>> adapter = la.Adapter({"layer.0.query": la.LowRankUpdate(up, down, scale=2.0)})
+>>> adapter["layer.0.query"].svd().S.shape
+torch.Size([4])
+>>> int(la.spectrum_table(adapter)["numerical_rank"][0])
+4
+
+Open files with ``load_adapter`` and ``load_base``; loop over modules with ``spectrum_table``,
+``similarity_table`` and ``amplification_table``; take single numbers from the measures. Adapters for study
+are made by ``lora_analysis.training``; ``lora_analysis.plots`` draws the paper's figures;
+``lora_analysis.study`` holds the demo. The method is section 7 of Hu et al. 2021, arXiv:2106.09685.
+"""
+
+from lora_analysis.adapter import Adapter, Target
+from lora_analysis.base import BaseWeights, load_base
+from lora_analysis.errors import (
+    AdapterFormatError,
+    BaseWeightsError,
+    CheckpointError,
+    LoraAnalysisError,
+    UndefinedUpdateError,
+    UnsupportedAdapterError,
+)
+from lora_analysis.formats import load_adapter, save_adapter
+from lora_analysis.measures.null import similarity_null
+from lora_analysis.measures.spectrum import (
+    effective_rank,
+    effective_rank_energy,
+    energy_rank,
+    nuclear_ratio,
+    numerical_rank,
+    participation_ratio,
+    stable_rank,
+)
+from lora_analysis.measures.subspace import (
+    grassmann_distance,
+    principal_angles,
+    projection_metric,
+    subspace_similarity,
+)
+from lora_analysis.tables import (
+    amplification_table,
+    inspect_table,
+    similarity_table,
+    spectrum_table,
+    write_table,
+)
+from lora_analysis.update import DenseUpdate, LowRankUpdate, Svd, Update, with_scale
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterFormatError",
+    "BaseWeights",
+    "BaseWeightsError",
+    "CheckpointError",
+    "DenseUpdate",
+    "LoraAnalysisError",
+    "LowRankUpdate",
+    "Svd",
+    "Target",
+    "UndefinedUpdateError",
+    "UnsupportedAdapterError",
+    "Update",
+    "amplification_table",
+    "effective_rank",
+    "effective_rank_energy",
+    "energy_rank",
+    "grassmann_distance",
+    "inspect_table",
+    "load_adapter",
+    "load_base",
+    "nuclear_ratio",
+    "numerical_rank",
+    "participation_ratio",
+    "principal_angles",
+    "projection_metric",
+    "save_adapter",
+    "similarity_null",
+    "similarity_table",
+    "spectrum_table",
+    "stable_rank",
+    "subspace_similarity",
+    "with_scale",
+    "write_table",
+]

@@ -1,0 +1,79 @@
+"""``lora-analysis amplify``: Table 7 of the paper for every module."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lora_analysis.base import load_base
+from lora_analysis.cli import options
+from lora_analysis.cli.output import deliver, number, print_table, probability, report_notes, share
+from lora_analysis.tables import amplification_table
+
+
+def amplify(
+    adapters: options.Adapters,
+    base: Annotated[str, typer.Option(help="Base model: a file, a sharded directory, or an index of shards.")],
+    ks: Annotated[
+        str | None, typer.Option(help="Truncations, such as 1,4,8; powers of two up to r, and r, by default.")
+    ] = None,
+    draws: options.Draws = 999,
+    seed: options.Seed = 0,
+    format: options.Format = None,
+    alpha: options.Alpha = None,
+    split: options.Split = None,
+    device: options.Device = "cpu",
+    workers: options.Workers = None,
+    out: options.Out = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """How the base matrix lies in the update's directions: amplification, and gain over random ones.
+
+    Example: lora-analysis amplify runs/r8 --base model.safetensors --ks 1,8
+    """
+    options.check_out(out)
+    weights = load_base(base, device=device)
+    opened = options.open_adapters(adapters, format=format, alpha=alpha, base=weights, split=split, device=device)
+    table = amplification_table(
+        opened,
+        weights,
+        None if ks is None else _integers(ks),
+        draws=draws,
+        seed=seed,
+        workers=workers,
+        progress=sys.stderr.isatty(),
+    )
+    report_notes(opened)
+    if deliver(table, out=out, as_json=as_json):
+        return
+    for source, rows in table.groupby("adapter", sort=False):
+        if len(opened) > 1:
+            print(f"\n{source}")
+        print_table(
+            rows,
+            [
+                ("module", "module", str),
+                ("k", "k", number()),
+                ("projected", "‖UᵀWV‖", number()),
+                ("projected_null_rms", "random", number()),
+                ("projected_top", "top", number()),
+                ("gain", "gain", number()),
+                ("p", "p", probability),
+                ("ceiling_fraction", "ceiling", share),
+                ("amplification", "factor", number()),
+                ("flags", "flags", str),
+            ],
+        )
+    print(
+        "\ngain = ‖UᵀWV‖ / random is the number to read; factor = ‖ΔW‖ / ‖UᵀWV‖ falls with k by itself,\n"
+        "and random directions have a larger one. ceiling = ‖UᵀWV‖ / top."
+    )
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--ks: expected integers such as 1,4,8, got {text!r}.") from None

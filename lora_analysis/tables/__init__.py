@@ -1,0 +1,42 @@
+"""Tables: the one place that loops over modules. Long-form pandas frames, one row per fact.
+
+Conventions
+-----------
+Every table starts with ``adapter`` (or ``adapter_a``, ``adapter_b``) and ends with ``flags``, words separated
+by spaces that say why a value is missing or weak:
+
+``zero``
+    ΔW = 0: rank measures are NaN, integer ranks 0.
+``nonfinite``
+    The factors hold NaN or infinities: every value is NaN.
+``unknown-scale``
+    Nothing states the scale: norms, singular values and amplification are NaN, scale-free figures are given.
+``storage-noise``
+    A singular value is below three times the rounding noise of its storage dtype.
+``order-undetermined``
+    Two neighbouring singular values are closer than that noise, so a cut between them is arbitrary.
+``beyond-rank``
+    i, j or k exceeds the numerical rank: the value is NaN.
+``r>d``
+    r exceeds the smaller side of the matrix.
+
+Modules are worked on by a pool of threads with one BLAS thread each; results do not depend on how many.
+
+Tables
+------
+``inspect_table``, ``spectrum_table``, ``similarity_table``, ``amplification_table``; ``write_table``.
+"""
+
+from lora_analysis.tables.amplification import amplification_table
+from lora_analysis.tables.frames import write_table
+from lora_analysis.tables.inspection import inspect_table
+from lora_analysis.tables.similarity import similarity_table
+from lora_analysis.tables.spectrum import spectrum_table
+
+__all__ = [
+    "amplification_table",
+    "inspect_table",
+    "similarity_table",
+    "spectrum_table",
+    "write_table",
+]

@@ -1,0 +1,160 @@
+"""What updates do to the base matrices they are added to: the paper's Table 7 for every module and k."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from lora_analysis.adapter import Adapter, Target
+from lora_analysis.base import BaseWeights
+from lora_analysis.errors import BaseWeightsError, UndefinedUpdateError
+from lora_analysis.measures import spectrum
+from lora_analysis.measures.amplification import (
+    Amplification,
+    WeightSpectrum,
+    amplification,
+    projected_weight,
+    projection_null_draws,
+    weight_spectrum,
+)
+from lora_analysis.tables.frames import as_adapters, frame
+from lora_analysis.tables.pool import over_modules
+from lora_analysis.update import with_scale
+
+COLUMNS = ("adapter", "module", "k", *Amplification._fields, "flags")
+_SCALE_BOUND = ("norm_update", "amplification", "amplification_null")
+
+
+def amplification_table(
+    adapter: Adapter | Sequence[Adapter],
+    base: BaseWeights,
+    ks: Sequence[int] | None = None,
+    *,
+    draws: int = 999,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Projection of each base matrix on the update's top directions, with gain, ceiling, sign and null.
+
+    Parameters
+    ----------
+    adapter : Adapter or sequence of Adapter
+        Several adapters of one base share the reading and the decomposition of its matrices.
+    base : BaseWeights
+    ks : sequence of int, optional
+        Truncations k; powers of two up to r, and r, by default.
+    draws, seed : int
+        Of the Monte Carlo p, at least 1 / (draws + 1); 0 leaves p out.
+    workers : int, optional
+        Threads, the cores of the machine by default.
+    progress : bool
+        Show a progress bar on stderr.
+
+    Returns
+    -------
+    DataFrame
+        One row per module and k; the columns are those of ``measures.amplification.Amplification``. At k
+        everything uses the best rank-k part ΔW_k, so k = r is the paper's figure. Rows with k beyond the
+        numerical rank are NaN, flagged ``beyond-rank``; where the scale is unknown, ``norm_update`` and the
+        two amplifications are NaN.
+
+    Raises
+    ------
+    BaseWeightsError
+        If the base lacks a matrix that an adapter updates, or its shape does not fit.
+
+    References
+    ----------
+    Hu et al. 2021, arXiv:2106.09685, section 7.3, table 7 and appendix H.4.
+    """
+    if ks is not None and (not ks or min(ks) < 1):
+        raise ValueError(f"ks: expected positive integers, got {list(ks)}.")
+    adapters = as_adapters(adapter)
+    users: dict[tuple[Target, tuple[int, int]], list[tuple[int, str]]] = {}
+    for number, item in enumerate(adapters):
+        for name, module in item.modules.items():
+            users.setdefault((module.target, module.shape), []).append((number, name))
+
+    def rows_of_matrix(item: tuple[tuple[Target, tuple[int, int]], list[tuple[int, str]]]) -> list[dict[str, Any]]:
+        (target, shape), modules = item
+        weight = base.matrix(target, shape)
+        wanted = {(number, name): _ks(adapters[number].modules[name].r, shape, ks) for number, name in modules}
+        most = max(1, *(k for values in wanted.values() for k in values if k <= min(shape)))
+        try:
+            whole = weight_spectrum(weight, most, seed=seed)
+            null = projection_null_draws(whole, shape, most, draws=draws, seed=seed) if draws else None
+            return [
+                row
+                for (number, name), values in wanted.items()
+                for row in _rows((number, name), adapters[number], weight, whole, null, values)
+            ]
+        except BaseWeightsError as error:
+            raise BaseWeightsError(f"{base.source}: {target.tensor!r}: {error}") from error
+
+    found = over_modules(
+        rows_of_matrix, list(users.items()), workers=workers, progress=progress, description="Amplification"
+    )
+    by_module = {(row.pop("_adapter"), row["module"], row["k"]): row for rows in found for row in rows}
+    ordered = [
+        by_module[number, name, k]
+        for number, item in enumerate(adapters)
+        for name, module in item.modules.items()
+        for k in _ks(module.r, module.shape, ks)
+    ]
+    return frame(ordered, COLUMNS)
+
+
+def _ks(r: int, shape: tuple[int, int], ks: Sequence[int] | None) -> list[int]:
+    if ks is not None:
+        return sorted(set(ks))
+    most = min(r, *shape)
+    return sorted({2**power for power in range(most.bit_length())} | {most}) if most else []
+
+
+def _rows(
+    number_and_name: tuple[int, str],
+    adapter: Adapter,
+    weight: Tensor,
+    whole: WeightSpectrum,
+    null: Tensor | None,
+    ks: Sequence[int],
+) -> list[dict[str, Any]]:
+    """The rows of one module of one adapter."""
+    number, name = number_and_name
+    module = adapter.modules[name]
+    known = module.scale_source != "unknown"
+    flags = ([] if known else ["unknown-scale"]) + ["r>d"] * (module.r > min(module.shape))
+    update = adapter[name] if known else with_scale(adapter[name], 1.0)
+    try:
+        svd = update.svd()
+        rank = spectrum.numerical_rank(svd.S, module.shape)
+        flags += ["zero"] * (rank == 0)
+    except UndefinedUpdateError:
+        svd, rank = None, 0
+        flags.append("nonfinite")
+    usable = [k for k in ks if k <= rank]
+    figures: dict[int, dict[str, float]] = {}
+    if svd is not None and usable:
+        top = svd.top(max(usable))
+        found = amplification(projected_weight(weight, top), top.S, whole, module.shape, usable, null_draws=null)
+        columns = {field: getattr(found, field).tolist() for field in Amplification._fields}
+        figures = {k: {field: columns[field][row] for field in columns} for row, k in enumerate(usable)}
+    empty = dict.fromkeys(Amplification._fields, math.nan) | {"norm_base": whole.norm}
+    hidden = {} if known else dict.fromkeys(_SCALE_BOUND, math.nan)
+    return [
+        {
+            "_adapter": number,
+            "adapter": adapter.source,
+            "module": name,
+            "k": k,
+            **figures.get(k, empty),
+            **hidden,
+            "flags": " ".join(flags if k in figures else [*flags, "beyond-rank"]),
+        }
+        for k in ks
+    ]

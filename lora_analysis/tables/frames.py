@@ -1,0 +1,79 @@
+"""Frames as files: CSV, Parquet, or JSON as a list of row objects."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lora_analysis.adapter import Adapter
+
+SUFFIXES = (".csv", ".parquet", ".json")
+
+
+def as_adapters(adapter: Adapter | Sequence[Adapter]) -> list[Adapter]:
+    """One adapter or several, as a list."""
+    adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+    for item in adapters:
+        if not isinstance(item, Adapter):
+            raise TypeError(f"adapter: expected an Adapter or a sequence of them, got {type(item).__name__}.")
+    return adapters
+
+
+def frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    """A frame with exactly these columns, also where there are no rows."""
+    return pd.DataFrame(list(rows), columns=list(columns))
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain objects, NaN and infinities as None."""
+    return [{str(key): _plain(value) for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def write_table(table: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
+    """Write a table; the suffix says how.
+
+    ``.csv`` holds lists as JSON strings, ``.parquet`` as lists, ``.json`` is a list of row objects with NaN
+    and infinities as null. The file appears whole or not at all.
+
+    Raises
+    ------
+    ValueError
+        If the suffix is none of these.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: expected a name ending in {', '.join(SUFFIXES)}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+        written = Path(scratch) / path.name
+        if path.suffix == ".parquet":
+            table.to_parquet(written, index=False)
+        elif path.suffix == ".json":
+            written.write_text(json.dumps(records(table), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        else:
+            _lists_as_json(table).to_csv(written, index=False)
+        written.replace(path)
+    return path
+
+
+def _lists_as_json(table: pd.DataFrame) -> pd.DataFrame:
+    flat = table.copy()
+    for column in flat:
+        if any(isinstance(value, list) for value in flat[column]):
+            flat[column] = [json.dumps(_plain(value)) if isinstance(value, list) else value for value in flat[column]]
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value.item() if hasattr(value, "item") else value
