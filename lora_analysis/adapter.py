@@ -202,10 +202,9 @@ class Adapter(Mapping[str, Update]):
         return adapter
 
     def __getitem__(self, module: str) -> Update:
-        try:
-            return self.modules[module].read()
-        except KeyError:
-            raise KeyError(f"{self.source}: no module {module!r}; see list(adapter).") from None
+        if module not in self.modules:
+            raise KeyError(f"{self.source}: no module {module!r}; see list(adapter).")
+        return self.modules[module].read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.modules)

@@ -271,18 +271,20 @@ def _weights_file(path: Path) -> Path:
 
 
 def _plain_name(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
+    # Wrappers first: compile may lie round DDP and PEFT, and would hide their prefixes.
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
     return name
 
 
 def _stored_transposed(model: nn.Module) -> dict[str, bool]:
     """How a live model stores its weights, by the types of its modules."""
     return {
-        # transformers' Conv1D is recognised by name, so that transformers need not be imported.
-        _plain_name(f"{name}.weight"): type(module).__name__ == "Conv1D"
+        # transformers' Conv1D is recognised by name, so that transformers need not be imported; a LoRA
+        # layer that holds its weight itself says so by loralib's flag.
+        _plain_name(f"{name}.weight"): type(module).__name__ == "Conv1D" or getattr(module, "fan_in_fan_out", False)
         for name, module in model.named_modules()
         if isinstance(getattr(module, "weight", None), Tensor)
     }

@@ -196,7 +196,7 @@ class Shards:
         self._files: dict[str, str] = weight_map
         for name in sorted(set(weight_map.values())):
             _require_confined(self.index, name)
-            if not (self.index.parent / name).is_file():
+            if not _is_file(self.index.parent / name):
                 raise CheckpointError(f"{self.index}: expected the shard {name!r} beside it, found none.")
         self._open: dict[str, Checkpoint] = {}
         self.metadata: Mapping[str, str] = {}
@@ -290,13 +290,14 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
             loaded = _torch_load(path)
     except pickle.UnpicklingError as error:
         if "GLOBAL" not in str(error):
-            raise CheckpointError(f"{path}: expected a torch file, got {_what_is(path)}.") from error
+            raise CheckpointError(f"{path}: expected a torch file, got {_what_is(path)}. Fetch it again.") from error
         raise CheckpointError(
             f"{path}: expected a pickle of tensors alone, got one that asks for {_refused_global(error)}; "
             "nothing was executed. Convert it to safetensors where you trust it."
         ) from error
-    except (RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError, OSError) as error:
-        # What torch raises on a damaged archive depends on where the damage lies.
+    except Exception as error:
+        # What torch raises on a damaged archive depends on where the damage lies (AssertionError,
+        # struct.error and BadZipFile among others), and none of it is about this program.
         raise CheckpointError(f"{path}: expected a torch file, got {_what_is(path)}. Fetch it again.") from error
     return _named_tensors(path, loaded)
 
@@ -308,17 +309,19 @@ def _torch_load(path: Path) -> object:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _named_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
+def _named_tensors(path: Path, loaded: object, levels: int = 4) -> dict[str, Tensor]:
+    """The tensors of a state dict, which may lie some levels deep (a pickled dict can hold itself)."""
     if isinstance(loaded, Mapping):
         tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
-        if tensors and all(isinstance(name, str) for name in tensors):
+        # Trainers keep scores and counters as tensors beside the state dict; those have no dimensions.
+        if any(tensor.ndim for tensor in tensors.values()) and all(isinstance(name, str) for name in tensors):
             return tensors
         for key in _NESTED_KEYS:
-            if isinstance(loaded.get(key), Mapping):
-                return _named_tensors(path, loaded[key])
-        if not loaded:
-            return {}
-    found = f"a {type(loaded).__name__}" + (" without tensors" if isinstance(loaded, Mapping) else "")
+            if levels > 0 and isinstance(loaded.get(key), Mapping):
+                return _named_tensors(path, loaded[key], levels - 1)
+        if all(isinstance(name, str) for name in tensors) and (tensors or not loaded):
+            return tensors
+    found = f"a {type(loaded).__name__}" + (" without named tensors" if isinstance(loaded, Mapping) else "")
     raise CheckpointError(f"{path}: expected a mapping of names to tensors, got {found}.")
 
 
@@ -340,9 +343,11 @@ def _what_is(path: Path) -> str:
     if head.lstrip()[:1] == b"<":
         return "an HTML or XML page"
     if head[:1] == b"\x80":
-        return "a pickle that holds more than tensors (nothing was executed)"
+        return "a pickle that is damaged or holds more than tensors (nothing was executed)"
     if head.startswith(b"PK"):
-        return "a damaged zip archive" if path.suffix in _TORCH_SUFFIXES else "a zip archive (a torch file?)"
+        if path.suffix not in _TORCH_SUFFIXES:
+            return "a zip archive (a torch file?)"
+        return "a zip archive that is damaged or holds more than tensors (nothing was executed)"
     if head.startswith(b"GGUF"):
         return "a GGUF file"
     return f"{path.stat().st_size:,} bytes that are damaged or something else"
@@ -358,8 +363,17 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long to be one
+        return False
+
+
 def _require_confined(index: Path, name: str) -> None:
     # Lexical, because hub caches hold shards as links that point elsewhere on purpose.
     parts = PurePosixPath(name).parts + PureWindowsPath(name).parts
     if not name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
         raise CheckpointError(f"{index}: expected shards inside its folder, got {name!r}.")
+    if name.endswith(".index.json"):
+        raise CheckpointError(f"{index}: expected shards of tensors, got another index, {name!r}.")

@@ -88,7 +88,7 @@ class Update(Protocol):
         """ΔW itself, shape (d_out, d_in), float64."""
 
 
-UpdateT = TypeVar("UpdateT", bound="LowRankUpdate | DenseUpdate")
+UpdateT = TypeVar("UpdateT", bound=Update)
 
 
 def rounding_error(dtype: torch.dtype) -> float:
@@ -120,7 +120,7 @@ def with_scale(update: UpdateT, scale: float) -> UpdateT:
 
     With ``scale=1`` it gives the scale-free figures of an update whose scale is unknown.
     """
-    return replace(update, scale=scale)
+    return replace(update, scale=scale)  # type: ignore[type-var]  # every kind of update is a dataclass
 
 
 def _require_matrix(name: str, tensor: Tensor) -> None:
@@ -278,12 +278,13 @@ class LowRankUpdate:
     def dense(self) -> Tensor:
         """ΔW itself, shape (d_out, d_in), float64."""
         _require_known_scale(self.scale)
-        return self.scale * (self.up.double() @ self.down.double())
+        return self.scale * (self.up.detach().double() @ self.down.detach().double())
 
     def _balanced_factors(self) -> tuple[Tensor, Tensor]:
         """Both factors in float64, rank-one terms of like norms on either side."""
         _require_known_scale(self.scale)
-        up, down = self.up.double(), self.down.double()
+        # Numbers are taken from the factors, nothing is trained through them.
+        up, down = self.up.detach().double(), self.down.detach().double()
         up_norms, down_norms = up.norm(dim=0), down.norm(dim=1)
         ratio = down_norms / up_norms
         if not (up_norms.isfinite().all() and down_norms.isfinite().all()):
@@ -363,7 +364,7 @@ class DenseUpdate:
 
     def norm(self) -> float:
         """Frobenius norm."""
-        return float(self.dense().norm())
+        return float(self._finite_matrix().norm())
 
     def singular_values(self) -> Tensor:
         """Singular values, shape (min(d_out, d_in),), descending, float64."""
@@ -378,7 +379,7 @@ class DenseUpdate:
     def dense(self) -> Tensor:
         """The matrix, scaled, in float64."""
         _require_known_scale(self.scale)
-        return self.scale * self.matrix.double()
+        return self.scale * self.matrix.detach().double()
 
     def _finite_matrix(self) -> Tensor:
         if not self.finite:

@@ -9,7 +9,7 @@ import typer
 
 from lora_analysis.base import load_base
 from lora_analysis.cli import options
-from lora_analysis.cli.output import deliver, number, print_table, probability, report_notes, share
+from lora_analysis.cli.output import deliver, explain, number, print_table, probability, report_notes, share
 from lora_analysis.tables import amplification_table
 
 
@@ -66,9 +66,9 @@ def amplify(
                 ("flags", "flags", str),
             ],
         )
-    print(
-        "\ngain = ‖UᵀWV‖ / random is the number to read; factor = ‖ΔW‖ / ‖UᵀWV‖ falls with k by itself,\n"
-        "and random directions have a larger one. ceiling = ‖UᵀWV‖ / top."
+    explain(
+        "gain = ‖UᵀWV‖ / random is the number to read. factor = ‖ΔW‖ / ‖UᵀWV‖ falls with k by itself, and random "
+        "directions have a larger one. ceiling = ‖UᵀWV‖ / top."
     )
 
 

@@ -12,7 +12,7 @@ import typer
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.cli import options
-from lora_analysis.cli.output import deliver, number, print_table, probability, report_notes, say
+from lora_analysis.cli.output import deliver, explain, number, print_table, probability, report_notes, say
 from lora_analysis.tables import similarity_table
 
 Which = Annotated[
@@ -152,9 +152,9 @@ def _print(table: pd.DataFrame) -> None:
     )
     chance = lines["first_null"].dropna()
     if len(chance):
-        print(
-            f"\nChance gives φ(1,1) = {chance.min():.2g}"
+        explain(
+            f"Chance gives φ(1,1) = {chance.min():.2g}"
             + (f" to {chance.max():.2g}" if chance.max() > chance.min() else "")
-            + ". p: upper tail, one test per line, not corrected for their number.\n"
-            "A low p means 'not independent random': a shared initialisation is enough."
+            + ". p: upper tail, one test per line, not corrected for their number; for i, j > 1 by Monte Carlo, at "
+            "least 1/(draws + 1). A low p means 'not independent random': a shared initialisation is enough."
         )

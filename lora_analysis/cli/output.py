@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,6 +72,11 @@ def deliver(table: pd.DataFrame, *, out: Path | None, as_json: bool) -> bool:
     if as_json:
         print(json.dumps(records(table), indent=1, allow_nan=False))
     return out is not None or as_json
+
+
+def explain(text: str) -> None:
+    """How to read the table above, after a blank line."""
+    print(f"\n{textwrap.fill(text, 80, break_on_hyphens=False)}")
 
 
 def say(line: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from lora_analysis.cli import options
-from lora_analysis.cli.output import deliver, number, print_table, report_notes
+from lora_analysis.cli.output import deliver, explain, number, print_table, report_notes
 from lora_analysis.tables import spectrum_table
 
 
@@ -50,7 +50,7 @@ def spectrum(
                 ("flags", "flags", str),
             ],
         )
-    print(
-        "\nstable and eff. rank are below r by chance too (random factors, r = 64, d = 384: stable 26).\n"
-        "--out FILE writes every measure and all singular values."
+    explain(
+        "stable and eff. rank are below r by chance too: random factors with r = 64 and d = 384 have a stable rank "
+        "of 26. --out FILE writes all measures and singular values."
     )

@@ -7,6 +7,8 @@ overrides it. A format that is recognised but not read is named (``formats.unrea
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,7 @@ def load_adapter(
         raise AdapterFormatError(
             f"{path}: expected LoRA factors, found none among its {len(checkpoint)} tensors (read as {chosen.NAME!r})."
         )
+    contents = replace(contents, modules=dict(sorted(contents.modules.items(), key=lambda item: _natural(item[0]))))
     arguments = {
         "format": format,
         "alpha": alpha,
@@ -149,6 +152,11 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str], *, format:
     if format != peft.NAME:
         raise ValueError(f"format: expected 'peft', the only one written so far, got {format!r}.")
     return peft.write(adapter, Path(directory))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _reopened(source: str, arguments: dict[str, Any]) -> Adapter:

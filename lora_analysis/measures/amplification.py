@@ -747,15 +747,16 @@ def _row_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _times(weight: Tensor, X: Tensor) -> Tensor:
     """``weight @ X`` in float64, reading the weight in the order it lies in memory."""
-    result = torch.zeros(weight.shape[0], X.shape[1], dtype=torch.float64, device=weight.device)
     if weight.stride(0) >= weight.stride(1):
+        result = torch.empty(weight.shape[0], X.shape[1], dtype=torch.float64, device=weight.device)
         for rows, block in _row_blocks(weight):
             torch.matmul(block, X, out=result[rows])
-    else:
-        # Gathering the rows of a transposed view takes six times as long as reading it as it lies.
-        for columns, block in _row_blocks(weight.mT):
-            result.addmm_(block.mT, X[columns])
-    return result
+        return result
+    # Gathering the rows of a transposed view takes six times as long as reading it as it lies.
+    turned = torch.zeros(X.shape[1], weight.shape[0], dtype=torch.float64, device=weight.device)
+    for columns, block in _row_blocks(weight.mT):
+        turned.addmm_(X[columns].mT, block)
+    return turned.mT
 
 
 def _ratio(numerator: float, denominator: float) -> float:

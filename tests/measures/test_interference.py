@@ -73,6 +73,8 @@ def test_the_cosine_of_an_update_with_itself_is_one_however_its_terms_cancel() -
     # Two terms a million times what they leave: a sum over factors would be off by 1e12 roundings.
     x, y, z = gaussian(30, 1, seed=1), gaussian(30, 1, seed=2), gaussian(1, 20, seed=3)
     update = LowRankUpdate(torch.hstack([1e6 * x, y - 1e6 * x]), torch.vstack([z, z]), 1.0)
+    # The inner product too: the cosine is clipped to 1.
+    assert update_inner(update, update) == pytest.approx(float(y.norm() * z.norm()) ** 2, rel=1e-9)
     assert update_cosine(update, update) == pytest.approx(1, abs=1e-9)
     assert update_cosine(update, LowRankUpdate(y, z, 1.0)) == pytest.approx(1, abs=1e-9)
 

@@ -1,0 +1,35 @@
+"""The LoRA core: adapt any PyTorch model, train it, and hand the updates to the microscope.
+
+A tour. Adapting freezes the model and wraps the chosen layers; training moves only the factors;
+``extract`` gives an ``Adapter`` like one read from a file; ``merge`` folds the updates into the weights
+and ``unmerge`` takes them out again, bit for bit.
+
+>>> import torch
+>>> from lora_analysis import training
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+>>> training.inject(model, ["0", "2"], r=4, alpha=8, seed=0)
+['0', '2']
+>>> x = torch.linspace(-1, 1, 80).reshape(10, 8)
+>>> losses = training.train(model, [x] * 20, lambda model, x: (model(x) - x.sum(1, keepdim=True)).square().mean())
+>>> len(losses), losses[-1] < losses[0]
+(20, True)
+>>> adapter = training.extract(model)
+>>> adapter["0"]
+LowRankUpdate(16x8, r=4, scale=2, torch.float32)
+>>> training.merge(model)
+>>> training.unmerge(model)
+
+The initial A stays beside the trained one, because A is mostly its initialisation:
+``lora_layers(model)["0"].lora_A0``.
+
+References
+----------
+Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+"""
+
+from lora_analysis.training.extract import attach, extract
+from lora_analysis.training.inject import inject
+from lora_analysis.training.layers import LoraLayer, lora_layers, merge, unmerge
+from lora_analysis.training.loop import train
+
+__all__ = ["LoraLayer", "attach", "extract", "inject", "lora_layers", "merge", "train", "unmerge"]
