@@ -15,6 +15,7 @@ pretrained weights alone.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import textwrap
 import time
@@ -26,6 +27,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
+from lora_analysis import plots
 from lora_analysis.adapter import Adapter
 from lora_analysis.base import BaseWeights, load_base
 from lora_analysis.checkpoint import open_checkpoint, read_json
@@ -57,7 +59,9 @@ class Results(NamedTuple):
     runs: pd.DataFrame
     spectrum: pd.DataFrame
     ranks: pd.DataFrame
+    ranks_grid: pd.DataFrame
     seeds: pd.DataFrame
+    seeds_grid: pd.DataFrame
     seeds_of_a: pd.DataFrame
     amplification: pd.DataFrame
 
@@ -78,7 +82,7 @@ def run_demo(out: Path, *, quick: bool = False) -> list[str]:
         The ten findings, as printed.
     """
     started = time.perf_counter()
-    runs, steps = (QUICK, 25) if quick else (FULL, 80)
+    runs, steps = (QUICK, 25) if quick else (FULL, 160)
     say = _Clock(started)
     say("collecting docstring paragraphs")
     task = docstring_task()
@@ -104,9 +108,8 @@ def run_demo(out: Path, *, quick: bool = False) -> list[str]:
     say(f"training {len(runs)} adapters of {settings.steps} steps in {available_cores()} processes")
     done = execute_all(list(runs), settings, task, means, out / "adapters", processes=available_cores())
     for number, run in enumerate(done, start=1):
-        say(
-            f"{number} of {len(runs)}: {run['name']}, accuracy {run['accuracy']:.1%} (frozen {frozen.double().mean():.1%})"
-        )
+        accuracies = f"accuracy {run['accuracy']:.1%}, frozen {frozen.double().mean():.1%}"
+        say(f"{number} of {len(runs)}: {run['name']}, {accuracies}")
     say("analysing")
     lines = analyse(out)
     say("done")
@@ -133,9 +136,10 @@ def analyse(out: Path) -> list[str]:
     runs = _runs_table(out, task)
     results = _measured(adapters, runs, base)
     for name, table in results._asdict().items():
-        for suffix in (".parquet", ".csv"):
+        # Whole grids are some hundred thousand rows: ten times smaller and faster to read as Parquet.
+        for suffix in (".parquet",) if name.endswith("_grid") else (".parquet", ".csv"):
             write_table(table, out / "tables" / f"{name}{suffix}")
-    _draw(results, out / "figures", float(pd.Series(task["frozen_correct"]).mean()))
+    _draw(results, task, out / "figures")
     lines = _findings(results, task, out, adapters)
     (out / "findings.txt").write_text("\n".join(_wrapped(lines)) + "\n", encoding="utf-8")
     return lines
@@ -178,7 +182,7 @@ def _moved(directory: Path) -> float:
         first = initial[f"{module}.lora_A0"].double()
         moved += float((down.double() - first).square().sum())
         start += float(first.square().sum())
-    return (moved / start) ** 0.5
+    return math.sqrt(moved / start)
 
 
 def _measured(adapters: dict[str, Adapter], runs: pd.DataFrame, base: BaseWeights) -> Results:
@@ -186,55 +190,84 @@ def _measured(adapters: dict[str, Adapter], runs: pd.DataFrame, base: BaseWeight
     return Results(
         runs=runs,
         spectrum=spectrum_table(list(adapters.values())),
-        ranks=similarity_table(adapters[Run(_BOTH, 8, 0).name], adapters[seed0], cells="all"),
-        seeds=similarity_table(adapters[seed0], adapters[seed1], cells="all"),
+        ranks=similarity_table(adapters[Run(_BOTH, 8, 0).name], adapters[seed0]),
+        ranks_grid=similarity_table(adapters[Run(_BOTH, 8, 0).name], adapters[seed0], cells="all"),
+        seeds=similarity_table(adapters[seed0], adapters[seed1]),
+        seeds_grid=similarity_table(adapters[seed0], adapters[seed1], cells="all"),
         seeds_of_a=similarity_table(adapters[seed0], adapters[seed1], target="A"),
         amplification=amplification_table(list(adapters.values()), base),
     )
+
+
+def _draw(results: Results, task: dict[str, Any], folder: Path) -> None:
+    """The paper's figures, as PNG and PDF."""
+    layers = len(_cell(results.ranks, "in", 1, 1)) // 2
+    middle = [(m, m) for m in results.ranks["module_a"].unique() if f".{layers // 2}." in m]
+    both = results.runs[results.runs["targets"] == "+".join(_BOTH)]
+    at_64 = both.loc[both["r"] == 64, "source"].iloc[0]
+    frozen = sum(task["frozen_correct"]) / len(task["frozen_correct"])
+    gains = results.amplification[results.amplification["adapter"] == at_64]
+    figures = {
+        "rank_ablation": plots.rank_ablation(results.runs, baseline=frozen).figure,
+        "similarity_ranks": plots.figure_ranks(results.ranks_grid, middle),
+        "similarity_seeds": plots.figure_seeds(results.seeds_grid, middle),
+        "amplification": plots.amplification_points(gains, module=middle[0][0]).figure,
+        "gain_by_layer": plots.gain_by_layer(gains, k=4).figure,
+        "spectra": plots.spectra(results.spectrum[results.spectrum["adapter"] == at_64]).figure,
+    }
+    for name, figure in figures.items():
+        for suffix in (".png", ".pdf"):
+            plots.save_figure(figure, folder / f"{name}{suffix}")
 
 
 def _findings(results: Results, task: dict[str, Any], out: Path, adapters: dict[str, Adapter]) -> list[str]:
     runs = results.runs
     frozen = sum(task["frozen_correct"]) / len(task["frozen_correct"])
     count, groups = len(task["frozen_correct"]), len(set(task["held_out_groups"]))
-    both = _by_rank(out, task, runs, "+".join(_BOTH))
-    alone = _by_rank(out, task, runs, "query")
-    best = max(both, key=lambda r: both[r].mean)
-    least = min(both)
+    both = _by_rank(out, runs, "+".join(_BOTH))
+    alone = _by_rank(out, runs, "query")
+    gains = {
+        r: paired_difference(correct, task["frozen_correct"], task["held_out_groups"]) for r, correct in both.items()
+    }
+    best, least = max(gains, key=lambda r: gains[r].mean), min(gains)
+    lead = paired_difference(both[best], both[least], task["held_out_groups"])
     return [
         f"Task: from which of {len(task['classes'])} libraries does a docstring paragraph come? {count:,} held-out "
         f"paragraphs from {groups} folders that no training text shares. Chance {1 / len(task['classes']):.1%}; "
         f"the frozen all-MiniLM-L6-v2 with a fixed classifier gets {frozen:.1%}.",
-        f"LoRA on query and value gains over it, in points: {_gains(both)} (mean of the seeds; ± is the paired "
+        f"LoRA on query and value gains over it, in points: {_points(gains)} (mean of the seeds; ± is the paired "
         f"95 % interval over paragraphs, clustered by folder).",
-        f"r = {least} gains {_ratio(both[least].mean, both[best].mean)} of what the best rank here, r = {best}, does.",
-        f"Query alone gains: {_gains(alone)}."
+        f"r = {least} reaches {_ratio(gains[least].mean, gains[best].mean)} of the gain of r = {best}, the best here, "
+        f"which is {100 * lead.mean:+.1f} ± {100 * lead.half_width:.1f} points ahead of it.",
+        "Query alone gains: "
+        + _points({r: paired_difference(c, task["frozen_correct"], task["held_out_groups"]) for r, c in alone.items()})
+        + "."
         if alone
         else f"The training loss went from {runs['loss_first'].mean():.3f} to {runs['loss_last'].mean():.3f} "
         f"in {runs['steps'].max()} steps.",
         _used_rank(results, adapters),
         "r = 8 against r = 64: " + _overlap(results.ranks),
         "Two seeds at r = 64: " + _overlap(results.seeds),
-        f"A itself moved by {runs.loc[runs['r'] == 64, 'a_moved'].mean():.0%} of its initial norm at r = 64; "
-        f"two seeds' A share φ(1,1) = {_median_cell(results.seeds_of_a, 'in', 1, 1):.2g} (median, chance "
-        f"{_null_cell(results.seeds_of_a, 'in', 1, 1):.2g}): compare ΔW, not A.",
+        f"A at r = 64 moved by {runs.loc[runs['r'] == 64, 'a_moved'].mean():.0%} of its initial norm, so it is in part "
+        f"still its random start, and depends on the gauge besides; two seeds' A share φ(1,1) = "
+        f"{_cell(results.seeds_of_a, 'in', 1, 1)['phi'].median():.2g} in the median (chance "
+        f"{_cell(results.seeds_of_a, 'in', 1, 1)['null_mean'].iloc[0]:.2g}). Compare ΔW rather than A.",
         _amplified(results),
         f"Adapters, tables, figures and these lines are in {out}/; all of it can be recomputed from "
         f"{out}/adapters and the pretrained weights.",
     ]
 
 
-def _by_rank(out: Path, task: dict[str, Any], runs: pd.DataFrame, targets: str) -> dict[int, Difference]:
-    """Gain over the frozen model by rank, the seeds' predictions averaged per paragraph first."""
-    gains = {}
+def _by_rank(out: Path, runs: pd.DataFrame, targets: str) -> dict[int, list[float]]:
+    """By rank, how often each held-out paragraph is classified rightly, averaged over the seeds."""
+    found = {}
     for r, rows in runs[runs["targets"] == targets].groupby("r"):
         correct = [read_json(out / "adapters" / name / "run.json")["correct"] for name in rows["run"]]
-        mean = torch.tensor(correct, dtype=torch.float64).mean(0)
-        gains[int(str(r))] = paired_difference(mean.numpy(), task["frozen_correct"], task["held_out_groups"])
-    return gains
+        found[int(str(r))] = torch.tensor(correct, dtype=torch.float64).mean(0).tolist()
+    return found
 
 
-def _gains(gains: dict[int, Difference]) -> str:
+def _points(gains: dict[int, Difference]) -> str:
     return ", ".join(f"r = {r}: {100 * g.mean:+.1f} ± {100 * g.half_width:.1f}" for r, g in sorted(gains.items()))
 
 
@@ -258,14 +291,6 @@ def _cell(table: pd.DataFrame, side: str, i: int, j: int) -> pd.DataFrame:
     return table[(table["side"] == side) & (table["i"] == i) & (table["j"] == j)]
 
 
-def _median_cell(table: pd.DataFrame, side: str, i: int, j: int) -> float:
-    return float(_cell(table, side, i, j)["phi"].median())
-
-
-def _null_cell(table: pd.DataFrame, side: str, i: int, j: int) -> float:
-    return float(_cell(table, side, i, j)["null_mean"].median())
-
-
 def _overlap(table: pd.DataFrame) -> str:
     """The top directions, and the whole subspaces, on the input side and the output side."""
     i, j = int(table["i"].max()), int(table["j"].max())
@@ -282,11 +307,10 @@ def _overlap(table: pd.DataFrame) -> str:
 
 
 def _amplified(results: Results) -> str:
-    table = results.amplification.merge(results.runs, left_on="adapter", right_on="source")
+    table = results.amplification.merge(results.runs[["source", "targets", "r"]], left_on="adapter", right_on="source")
     whole = table[(table["k"] == table["r"]) & (table["targets"] == "+".join(_BOTH))]
-    ranks = sorted({4, 64} & set(whole["r"])) or sorted(set(whole["r"]))
-    if len(ranks) == 1:
-        ranks = sorted(set(whole["r"]))
+    known = sorted(set(whole["r"]))
+    ranks = [4, 64] if 4 in known else known
     parts = []
     for r in ranks:
         rows = whole[whole["r"] == r]

@@ -55,10 +55,10 @@ class Settings:
         Train and evaluate under bfloat16 autocast.
     """
 
-    steps: int = 80
+    steps: int = 160
     batch_size: int = 32
-    lr: float = 2e-3
-    alpha: float = 8.0
+    lr: float = 5e-3
+    alpha: float = 6.0
     temperature: float = 0.05
     bfloat16: bool = False
 
@@ -109,9 +109,6 @@ def execute(run: Run, settings: Settings, task: TextTask, means: Tensor, parent:
     loaded = load_minilm()
     model = loaded.model
     inject(model, list(run.targets), r=run.r, alpha=settings.alpha, seed=run.seed, rslora=True)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # its noise would come from torch's global generator, which a run does not own
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         input_ids, mask, labels = batch
@@ -210,7 +207,7 @@ def _batches(
     labels = torch.tensor(task.train_labels)
     while True:
         order = torch.randperm(len(task.train_texts), generator=generator)
-        for index in order.split(settings.batch_size):
+        for index in torch.split(order, settings.batch_size):
             if len(index) == settings.batch_size or len(order) < settings.batch_size:
                 input_ids, mask = tokenize(loaded.tokenizer, [task.train_texts[i] for i in index.tolist()])
                 yield input_ids, mask, labels[index]
