@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,11 @@ def shared_adapters() -> Path:
     if not SHARED_ADAPTERS.is_dir():
         pytest.skip("the real adapters of ../shared/data/adapters are not here")
     return SHARED_ADAPTERS
+
+
+@pytest.fixture(scope="session")
+def quick_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``lora-analysis demo --quick`` leaves behind, made once for all tests that look at it."""
+    out = tmp_path_factory.mktemp("demo") / "lora-demo"
+    subprocess.run([sys.executable, "-m", "lora_analysis", "demo", "--quick", "--out", str(out)], check=True)
+    return out

@@ -248,10 +248,10 @@ def _findings(results: Results, task: dict[str, Any], out: Path, adapters: dict[
         _used_rank(results, adapters),
         "r = 8 against r = 64: " + _overlap(results.ranks),
         "Two seeds at r = 64: " + _overlap(results.seeds),
-        f"A at r = 64 moved by {runs.loc[runs['r'] == 64, 'a_moved'].mean():.0%} of its initial norm, so it is in part "
-        f"still its random start, and depends on the gauge besides; two seeds' A share φ(1,1) = "
-        f"{_cell(results.seeds_of_a, 'in', 1, 1)['phi'].median():.2g} in the median (chance "
-        f"{_cell(results.seeds_of_a, 'in', 1, 1)['null_mean'].iloc[0]:.2g}). Compare ΔW rather than A.",
+        f"A at r = 64 moved by {runs.loc[runs['r'] == 64, 'a_moved'].mean():.0%} of the norm it started with. Two "
+        f"seeds' A share φ(1,1) = {_cell(results.seeds_of_a, 'in', 1, 1)['phi'].median():.2g} in the median (chance "
+        f"{_cell(results.seeds_of_a, 'in', 1, 1)['null_mean'].iloc[0]:.2g}), but the order of A's directions depends "
+        "on how ΔW is factored; the figures above, on ΔW, do not.",
         _amplified(results),
         f"Adapters, tables, figures and these lines are in {out}/; all of it can be recomputed from "
         f"{out}/adapters and the pretrained weights.",
