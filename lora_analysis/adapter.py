@@ -222,6 +222,16 @@ class Adapter(Mapping[str, Update]):
         return self._origin.reopen, self._origin.arguments
 
     @property
+    def ledger(self) -> Mapping[str, str]:
+        """What became of every tensor of the file: ``"used by <module>"``, or why it is not used."""
+        used: dict[str, list[str]] = {}
+        for name, module in self.modules.items():
+            for tensor in module.tensors:
+                used.setdefault(tensor, []).append(name)
+        entries = {tensor: f"used by {', '.join(names)}" for tensor, names in used.items()}
+        return entries | {item.tensor: item.reason for item in self.unused}
+
+    @property
     def targets(self) -> Mapping[str, Target]:
         """Where each module acts on the base."""
         return {name: module.target for name, module in self.modules.items()}

@@ -20,9 +20,10 @@ from torch import Tensor
 
 import lora_analysis as la
 from lora_analysis import plots
-from lora_analysis.measures.amplification import projection_null, projection_null_draws, weight_spectrum
+from lora_analysis.measures.projection_null import projection_null, projection_null_draws
 from lora_analysis.measures.spectrum_null import spectrum_null
 from lora_analysis.measures.subspace import subspace_similarity
+from lora_analysis.measures.weight import weight_spectrum
 from lora_analysis.plots.appearance import ONE_COLUMN
 from lora_analysis.plots.modules import kind_labels, module_label, place
 from lora_analysis.update import factors

@@ -306,7 +306,8 @@ sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(0, 14))
 def assert_same_spectrum(a: Update, b: Update, tolerance: float = DENSE) -> None:
     """Equal singular values, the longer list ending in zeros, and equal norms."""
     size = tolerance * max(a.norm(), b.norm(), np.finfo(float).tiny)
-    for of in (lambda update: update.svd().S, lambda update: update.singular_values()):
+    routes: list[Callable[[Update], Tensor]] = [lambda update: update.svd().S, lambda update: update.singular_values()]
+    for of in routes:
         S_a, S_b = of(a), of(b)
         longest = max(len(S_a), len(S_b))
         S_a, S_b = (torch.nn.functional.pad(S, (0, longest - len(S))) for S in (S_a, S_b))
@@ -527,7 +528,7 @@ def test_factors_that_are_no_product_are_refused(up: Tensor, down: Tensor, error
 def test_a_dense_update_must_be_a_matrix_of_floats() -> None:
     with pytest.raises(ValueError, match=r"matrix: expected a matrix, got shape \(2, 2, 2\)"):
         DenseUpdate(torch.ones(2, 2, 2))
-    with pytest.raises(TypeError, match="matrix: expected floating-point numbers, got torch.int8"):
+    with pytest.raises(TypeError, match=r"matrix: expected floating-point numbers, got torch\.int8"):
         DenseUpdate(torch.ones(2, 2, dtype=torch.int8))
 
 

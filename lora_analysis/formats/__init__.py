@@ -83,7 +83,8 @@ def load_adapter(
     if format is not None and format not in formats:
         raise ValueError(f"format: expected one of {', '.join(formats)}, got {format!r}.")
     path = Path(source)
-    weights, config_file = _files(path, name)
+    by_folder = name is not None and (path / name / _CONFIG).is_file()
+    weights, config_file = _files(path / str(name) if by_folder else path)
     try:
         checkpoint = open_checkpoint(weights)
         config = read_json(config_file) if config_file else {}
@@ -95,7 +96,7 @@ def load_adapter(
         base=base if base is None or isinstance(base, BaseWeights) else load_base(base),
         split=parse_split(split),
         device=torch.device(device),
-        name=name,
+        name=None if by_folder else name,
     )
     chosen = formats[format] if format else _detected(checkpoint, config, str(path))
     contents: Contents = chosen.read(checkpoint, config, options)
@@ -103,6 +104,7 @@ def load_adapter(
         raise AdapterFormatError(
             f"{path}: expected LoRA factors, found none among its {len(checkpoint)} tensors (read as {chosen.NAME!r})."
         )
+    _require_floating(contents, checkpoint, str(path))
     contents = replace(contents, modules=dict(sorted(contents.modules.items(), key=lambda item: _natural(item[0]))))
     arguments = {
         "format": format,
@@ -159,19 +161,26 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
+def _require_floating(contents: Contents, checkpoint: Checkpoint, where: str) -> None:
+    for name, module in contents.modules.items():
+        for tensor in module.tensors:
+            if len(checkpoint.shape(tensor)) > 1 and not checkpoint.dtype(tensor).is_floating_point:
+                raise AdapterFormatError(
+                    f"{where}: {name!r}: expected floating-point factors, got {checkpoint.dtype(tensor)} in {tensor!r}."
+                )
+
+
 def _reopened(source: str, arguments: dict[str, Any]) -> Adapter:
     return load_adapter(source, **arguments)
 
 
-def _files(path: Path, name: str | None) -> tuple[Path, Path | None]:
+def _files(path: Path) -> tuple[Path, Path | None]:
     """The file of tensors and, if there is one, the configuration beside it."""
     if path.is_file():
         config = path.parent / _CONFIG
         return path, config if path.name in _WEIGHTS and config.is_file() else None
     if not path.is_dir():
         raise AdapterFormatError(f"{path}: no such file or directory.")
-    if name is not None and (path / name / _CONFIG).is_file():
-        path = path / name
     config = path / _CONFIG
     for weights in _WEIGHTS:
         if (path / weights).is_file():

@@ -8,9 +8,9 @@ is B's k-th block of rows times A's k-th block, in the k-th *enabled* slot. It c
 per block, ``<module>.q``, ``<module>.v``.
 
 lora_alpha is never in the file: without ``alpha=`` the scale is unknown. Which slots are enabled is not
-there either, but for old files with ``lora_ind``: ``split=`` says. A ``ConvLoRA`` or an ``Embedding`` looks
-like a Linear in its file; given ``base=`` it is recognised and refused. Facts from ``loralib/layers.py`` and
-``loralib/utils.py``.
+there either, but for old files with ``lora_ind``: ``split=`` says. A ``ConvLoRA`` looks like a Linear in its
+file; given ``base=`` it is recognised and refused. An ``Embedding``, A (r, vocab) and B (dim, r), is one: the
+map (dim, vocab) whose weight is stored transposed. Facts from ``loralib/layers.py`` and ``loralib/utils.py``.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def matches(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
 def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions) -> Contents:
     """Describe every tensor of a loralib state dict."""
     where = options.where
+    if options.name is not None:
+        raise AdapterFormatError(f"{where}: expected an adapter named {options.name!r}; loralib's have no names.")
     prefix = "module." if all(name.startswith("module.") for name in checkpoint) else ""
     keys = sorted(name for name in checkpoint if _FACTOR.match(name))
     modules: dict[str, Module] = {}
@@ -70,7 +72,7 @@ def _blocks(checkpoint: Checkpoint, stem: str, module: str, options: ReadOptions
     """The update of a Linear, or of each enabled slot of a MergedLinear."""
     where = options.where
     shape_a, shape_b = checkpoint.shape(f"{stem}.lora_A"), checkpoint.shape(f"{stem}.lora_B")
-    if len(shape_a) != 2 or len(shape_b) != 2 or shape_b[1] == 0 or shape_a[0] % shape_b[1]:
+    if len(shape_a) != 2 or len(shape_b) != 2 or 0 in (shape_a[0], shape_b[1]) or shape_a[0] % shape_b[1]:
         raise AdapterFormatError(
             f"{where}: {module!r}: expected lora_A (r, d_in) and lora_B (d_out, r), or a MergedLinear's "
             f"(g·r, d_in) and (g·d_out/n, r), got {shape_a} and {shape_b}. The file was read as 'loralib'; "
@@ -154,7 +156,7 @@ def _base_rows(base: BaseWeights, module: str, d_in: int, where: str) -> int:
     if d_in not in shape:
         raise AdapterFormatError(
             f"{where}: {module!r}: expected a base matrix with {d_in} input columns, got {shape}. "
-            "(LoRA on embeddings, which looks alike, is not read yet.)"
+            "Is this the model the adapter was trained on?"
         )
     return shape[0] if shape[1] == d_in else shape[1]
 

@@ -37,6 +37,8 @@ _FACTOR = re.compile(r"(?P<stem>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))
 _DEFAULT_ALPHA = 8
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that subtract their product from the base, so that s·B·A is not the update."""
+_LEAVES_BASE = ("gaussian", "orthogonal", "eva")
+"""Named initialisations that start from a product of zero, or from random factors that stay in the file."""
 _REFUSED_OPTIONS = {
     "use_dora": "DoRA, whose update needs the magnitudes and the base",
     "use_qalora": "QALoRA, which pools the inputs of A",
@@ -91,6 +93,7 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
         if declared is not None and declared != r:
             notes.append(f"{module}: the configuration says r={declared}, the tensors have r={r}; they win.")
         scale, source = scaling.scale(module, r)
+        notes.extend(scaling.doubts(module))
         modules[module] = Module(
             shape=(shape_b[0], shape_a[1]),
             r=r,
@@ -104,20 +107,18 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
     return Contents(modules, unused, tuple(notes))
 
 
-def pattern_key(patterns: Mapping[str, Any], module: str) -> str | None:
-    r"""The first key, in the mapping's order, that PEFT's rule finds for a module.
+def pattern_regex(key: str) -> re.Pattern[str]:
+    r"""PEFT's rule for a key of ``rank_pattern`` or ``alpha_pattern``, to ``match`` against a module's name.
 
-    A key is a regular expression that must match a dotted suffix of the name (dots unescaped):
-    ``re.match(rf"(.*\.)?({key})$", module)``, as in PEFT's ``get_pattern_key``.
+    The key is itself a regular expression, dots unescaped, for a dotted suffix of the name:
+    ``(.*\.)?({key})$``, as in PEFT's ``get_pattern_key``. The first key that matches counts.
 
     Examples
     --------
-    >>> pattern_key({"proj": 4, "q_proj": 8, r".*\.0\.k": 2}, "layers.0.q_proj")
-    'q_proj'
-    >>> pattern_key({"proj": 4}, "layers.0.q_proj") is None
-    True
+    >>> [key for key in ("proj", "q_proj", r".*\.0\.q") if pattern_regex(key).match("layers.0.q_proj")]
+    ['q_proj']
     """
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 class _Scaling:
@@ -131,19 +132,21 @@ class _Scaling:
         self._alpha = config.get("lora_alpha")
         if self._alpha is not None:
             self._alpha = _number(self._alpha, "lora_alpha", where)
-        self._ranks = {
-            k: _integer(v, f"rank_pattern[{k!r}]", where) for k, v in _pattern(config, "rank_pattern", where)
-        }
-        self._alphas = {
-            k: _number(v, f"alpha_pattern[{k!r}]", where) for k, v in _pattern(config, "alpha_pattern", where)
-        }
+        # Compiled once: a thousand keys against a thousand modules would outgrow the cache of re.
+        self._ranks = [
+            (regex, _integer(value, f"rank_pattern[{key!r}]", where))
+            for key, regex, value in _pattern(config, "rank_pattern", where)
+        ]
+        self._alphas = [
+            (regex, key, _number(value, f"alpha_pattern[{key!r}]", where))
+            for key, regex, value in _pattern(config, "alpha_pattern", where)
+        ]
         self.notes: list[str] = []
         if config and self._alpha is None and alpha is None:
             self.notes.append(f"the configuration holds no lora_alpha; PEFT's default, {_DEFAULT_ALPHA}, applies.")
 
     def declared_r(self, module: str) -> int | None:
-        key = pattern_key(self._ranks, module)
-        return self._r if key is None else self._ranks[key]
+        return next((r for regex, r in self._ranks if regex.match(module)), self._r)
 
     def scale(self, module: str, r: int) -> tuple[float, ScaleSource]:
         alpha, source = self._alpha_of(module)
@@ -151,14 +154,25 @@ class _Scaling:
             return alpha, source
         return alpha / (math.sqrt(r) if self._rslora else r), source
 
+    def doubts(self, module: str) -> list[str]:
+        """What the file leaves open: PEFT sorts patterns when it saves, so the order of training is lost."""
+        matching = [(key, alpha) for regex, key, alpha in self._alphas if regex.match(module)]
+        others = [key for key, alpha in matching if alpha != matching[0][1]]
+        if self._caller is not None or not others:
+            return []
+        return [
+            f"{module}: {len(matching)} keys of alpha_pattern match; the first, {matching[0][0]!r}, applies. "
+            f"PEFT sorts them when it saves, so training may have used {others[0]!r}."
+        ]
+
     def _alpha_of(self, module: str) -> tuple[float, ScaleSource]:
         if self._caller is not None:
             return self._caller, "caller"
         if not self._known:
             return math.nan, "unknown"
-        key = pattern_key(self._alphas, module)
-        if key is not None:
-            return self._alphas[key], "config"
+        found = next((alpha for regex, _, alpha in self._alphas if regex.match(module)), None)
+        if found is not None:
+            return found, "config"
         if self._alpha is None:
             return float(_DEFAULT_ALPHA), "format default"
         return self._alpha, "config"
@@ -176,10 +190,7 @@ def _paired(checkpoint: Checkpoint, options: ReadOptions) -> dict[str, tuple[str
                     f"got {sides[match['side']]!r} and {key!r}."
                 )
             sides[match["side"]] = key
-    if len(found) > 1 and options.name not in found:
-        names = ", ".join(repr(name) for name in found)
-        raise AdapterFormatError(f"{options.where}: holds several adapters ({names}). Pass name= with one.")
-    chosen = found.get(options.name) or next(iter(found.values()), {})
+    chosen = _chosen(found, options)
     for module, sides in chosen.items():
         if len(sides) < 2:
             (side, key), other = next(iter(sides.items())), "B" if "A" in sides else "A"
@@ -188,6 +199,22 @@ def _paired(checkpoint: Checkpoint, options: ReadOptions) -> dict[str, tuple[str
                 f"lora_{other} is missing."
             )
     return {module: (sides["A"], sides["B"]) for module, sides in chosen.items()}
+
+
+def _chosen(found: Mapping[str | None, dict[str, dict[str, str]]], options: ReadOptions) -> dict[str, dict[str, str]]:
+    """The adapter asked for, of those in the file."""
+    name = options.name
+    if name in found:
+        return found[name]
+    if len(found) > 1:
+        names = ", ".join(repr(name) for name in found)
+        raise AdapterFormatError(f"{options.where}: holds several adapters ({names}). Pass name= with one.")
+    only = next(iter(found), None)
+    # PEFT's save_pretrained leaves the name out, and puts the default adapter into the folder itself.
+    if name is None or (name == "default" and only is None):
+        return found.get(only, {})
+    held = "one without a name" if only is None else repr(only)
+    raise AdapterFormatError(f"{options.where}: expected an adapter named {name!r}, found {held}. Leave name= out.")
 
 
 def _module_name(stem: str) -> str:
@@ -221,6 +248,11 @@ def _refuse_other_mathematics(checkpoint: Checkpoint, config: Mapping[str, Any],
             f"{where}: initialised by {initial!r}, which moved the base: the update is s·(B·A - B0·A0), and the "
             "file does not hold B0 and A0. Save it converted to LoRA (PEFT: path_initial_model_for_weight_conversion)."
         )
+    if isinstance(initial, str) and initial.lower() not in _LEAVES_BASE:
+        raise UnsupportedAdapterError(
+            f"{where}: initialised by {initial!r}, which is not known here: it may have moved the base, and then s·B·A "
+            "is not the update. Give its factors as Adapter({module: LowRankUpdate(up, down, scale)}) if it has not."
+        )
     for option, title in _REFUSED_OPTIONS.items():
         if config.get(option):
             raise UnsupportedAdapterError(f"{where}: {option} is set: {title}, which is not read yet.")
@@ -247,18 +279,19 @@ def _reason(key: str, config: Mapping[str, Any]) -> str:
     return "a full tensor, no part of any update"
 
 
-def _pattern(config: Mapping[str, Any], name: str, where: str) -> list[tuple[str, Any]]:
+def _pattern(config: Mapping[str, Any], name: str, where: str) -> list[tuple[str, re.Pattern[str], Any]]:
     patterns = config.get(name) or {}
     if not isinstance(patterns, dict):
         raise AdapterFormatError(f"{where}: {name}: expected an object, got {type(patterns).__name__}.")
-    for key in patterns:
+    compiled: list[tuple[str, re.Pattern[str], Any]] = []
+    for key, value in patterns.items():
         try:
-            re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
+            compiled.append((key, pattern_regex(key), value))
+        except (re.error, RecursionError, OverflowError) as error:
             raise AdapterFormatError(
                 f"{where}: {name}: expected regular expressions, got {key!r} ({error})."
             ) from error
-    return list(patterns.items())
+    return compiled
 
 
 def _number(value: Any, name: str, where: str) -> float:
@@ -290,14 +323,18 @@ def write(adapter: Adapter, directory: Path) -> Path:
             raise UndefinedUpdateError(
                 f"{adapter.source}: {name!r}: expected a known scale to save, it is unknown. Pass alpha= when loading."
             )
-        if (module.target.rows, module.target.columns, module.target.expert) != (None, None, None):
+        if module.target not in (Target(f"{name}.weight"), Target(f"{name}.weight", transposed=True)):
             raise UnsupportedAdapterError(
-                f"{adapter.source}: {name!r}: expected updates of whole matrices, got a slice of "
-                f"{module.target.tensor!r}, for which PEFT's LoRA has no place."
+                f"{adapter.source}: {name!r}: expected an update of the whole of '{name}.weight', got one of "
+                f"{_place(module.target)}, for which PEFT's LoRA has no place."
             )
+        if module.r == 0:
+            raise UnsupportedAdapterError(f"{adapter.source}: {name!r}: expected factors to save, got r=0.")
         up, down = factors(adapter[name])
-        tensors[f"base_model.model.{name}.lora_A.weight"] = down.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = up.detach().cpu().contiguous()
+        for side, factor in (("A", down), ("B", up)):
+            # Copies, because safetensors refuses tensors that share memory.
+            copied = factor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensors[f"base_model.model.{name}.lora_{side}.weight"] = copied
     if adapter.unused:
         warnings.warn(
             f"{adapter.source}: {len(adapter.unused)} tensors that are no part of an update are not written "
@@ -338,8 +375,18 @@ def _configuration(adapter: Adapter) -> dict[str, Any]:
 
 
 def _alpha(module: Module) -> float | int:
-    alpha = module.scale * module.r
-    return int(alpha) if alpha.is_integer() else alpha
+    """The alpha that gives the scale back, whole where one does: 49 / 11 * 11 is not 49."""
+    product = module.scale * module.r
+    whole = round(product)
+    if whole / module.r == module.scale:
+        return whole
+    neighbours = (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
+    return min(neighbours, key=lambda alpha: abs(alpha / module.r - module.scale))
+
+
+def _place(target: Target) -> str:
+    whole = (target.rows, target.columns, target.expert) == (None, None, None)
+    return f"{target.tensor!r}" if whole else f"a slice of {target.tensor!r}"
 
 
 def _exactly(module: str) -> str:

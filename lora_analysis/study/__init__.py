@@ -4,7 +4,7 @@
 installs with pip.
 """
 
-from lora_analysis.study.docstrings import Source, TextTask, docstring_task
+from lora_analysis.study.docstrings import docstring_task
 from lora_analysis.study.minilm import (
     SentenceModel,
     accuracy,
@@ -16,6 +16,7 @@ from lora_analysis.study.minilm import (
     minilm_path,
     tokenize,
 )
+from lora_analysis.study.task import Source, TextTask
 
 __all__ = [
     "SentenceModel",

@@ -28,8 +28,8 @@ a random split with duplicates, 3 % without duplicates, 0.6 % by file, 0.3 % by 
 
 Values
 ------
-``TextTask`` (any labelled texts) and ``Source``. ``docstring_task`` makes the task; ``docstrings``,
-``prose``, ``mask_libraries``, ``folded`` and ``ngram_shares`` are its steps.
+``docstring_task`` makes the task; ``docstrings``, ``prose``, ``mask_libraries``, ``folded`` and
+``ngram_shares`` are its steps.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ import sysconfig
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from lora_analysis.study.task import Source, TextTask
 
 LIBRARIES = ("standard library", "numpy", "scipy", "torch", "matplotlib", "pandas")
 """The classes, in the order of their labels."""
@@ -96,88 +97,6 @@ _CODE = re.compile(r">>>|[{}\\|<>]|==|\w\(\w*=|[=~^-]{4,}|::|:math:")
 
 _PROSE_LETTERS = 0.85
 """Least share of letters and spaces in prose; below it are tables of numbers and formulas."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where the texts of one class come from: version, files read, paragraphs in the task."""
-
-    version: str
-    files: int
-    paragraphs: int
-
-
-@dataclass(frozen=True, slots=True)
-class TextTask:
-    """A text classification task with its split: any labelled texts.
-
-    Parameters
-    ----------
-    train_texts, train_labels : tuple of str, tuple of int
-        Labels are indices into ``classes``.
-    held_out_texts, held_out_labels : tuple of str, tuple of int
-        What is never trained on.
-    classes : tuple of str
-        Names of the classes.
-    held_out_groups : tuple of str, optional
-        The unit of the split that each held-out text belongs to. Texts of one unit are not independent;
-        an interval that allows for it resamples units.
-    sources : mapping of str to Source, optional
-        Class name to where its texts come from.
-
-    Raises
-    ------
-    ValueError
-        If texts and labels (or groups) differ in number, a label is no class, or a side is empty.
-
-    Examples
-    --------
-    >>> task = TextTask(("good", "bad"), (1, 0), ("fine",), (1,), classes=("negative", "positive"))
-    >>> len(task.digest)
-    64
-    """
-
-    train_texts: tuple[str, ...]
-    train_labels: tuple[int, ...]
-    held_out_texts: tuple[str, ...]
-    held_out_labels: tuple[int, ...]
-    classes: tuple[str, ...]
-    held_out_groups: tuple[str, ...] = ()
-    sources: Mapping[str, Source] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for side, texts, labels in (
-            ("train", self.train_texts, self.train_labels),
-            ("held_out", self.held_out_texts, self.held_out_labels),
-        ):
-            if len(texts) != len(labels):
-                raise ValueError(
-                    f"{side}_labels: expected one label per text, got {len(labels)} for {len(texts)} texts."
-                )
-            if not texts:
-                raise ValueError(f"{side}_texts: expected at least one text, got none.")
-            if stray := [label for label in labels if not 0 <= label < len(self.classes)]:
-                raise ValueError(f"{side}_labels: expected indices into {len(self.classes)} classes, got {stray[0]}.")
-        if self.held_out_groups and len(self.held_out_groups) != len(self.held_out_texts):
-            raise ValueError(
-                f"held_out_groups: expected one group per held-out text, got {len(self.held_out_groups)} "
-                f"for {len(self.held_out_texts)} texts."
-            )
-
-    @property
-    def digest(self) -> str:
-        """The sha256 of classes, texts and labels, in order: equal for equal tasks only."""
-        digest = hashlib.sha256()
-        for rows in (
-            enumerate(self.classes),
-            zip(self.train_labels, self.train_texts, strict=True),
-            zip(self.held_out_labels, self.held_out_texts, strict=True),
-        ):
-            for label, text in rows:
-                data = text.encode("utf-8", "surrogatepass")
-                digest.update(f"{label} {len(data)} ".encode() + data)
-            digest.update(b"end of part")
-        return digest.hexdigest()
 
 
 class _Paragraph(NamedTuple):

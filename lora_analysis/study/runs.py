@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_analysis.formats import save_adapter
-from lora_analysis.study.docstrings import TextTask
 from lora_analysis.study.minilm import SentenceModel, cosine_logits, embed, embeddings, load_minilm, tokenize
+from lora_analysis.study.task import TextTask
 from lora_analysis.training import extract, inject, train
 from lora_analysis.training.layers import lora_layers
 

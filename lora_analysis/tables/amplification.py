@@ -13,14 +13,9 @@ from lora_analysis.adapter import Adapter, Target
 from lora_analysis.base import BaseWeights
 from lora_analysis.errors import BaseWeightsError, UndefinedUpdateError
 from lora_analysis.measures import spectrum
-from lora_analysis.measures.amplification import (
-    Amplification,
-    WeightSpectrum,
-    amplification,
-    projected_weight,
-    projection_null_draws,
-    weight_spectrum,
-)
+from lora_analysis.measures.amplification import Amplification, amplification
+from lora_analysis.measures.projection_null import projection_null_draws
+from lora_analysis.measures.weight import WeightSpectrum, projected_weight, weight_spectrum
 from lora_analysis.tables.frames import as_adapters, frame
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.update import with_scale

@@ -6,14 +6,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lora_analysis.measures.amplification import (
-    WeightSpectrum,
-    amplification,
-    projected_null_rms,
-    projection_null,
-    projection_null_draws,
-    weight_spectrum,
-)
+from lora_analysis.measures.amplification import amplification, projected_null_rms
+from lora_analysis.measures.projection_null import projection_null, projection_null_draws
+from lora_analysis.measures.weight import WeightSpectrum, weight_spectrum
 
 P_MIN = 1e-3
 """Smallest acceptable p-value of a seeded test of a true hypothesis."""

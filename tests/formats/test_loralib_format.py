@@ -1,0 +1,365 @@
+"""loralib: every ΔW equal to the one its own layers merge, block by block, and nothing guessed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import loralib  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_analysis.adapter import Adapter, Target
+from lora_analysis.base import load_base
+from lora_analysis.errors import (
+    AdapterFormatError,
+    BaseWeightsError,
+    UndefinedUpdateError,
+    UnsupportedAdapterError,
+)
+from lora_analysis.formats import load_adapter
+from lora_analysis.formats.options import Split
+
+# loralib multiplies in float32: r products of numbers near 1.
+FLOAT32 = 1e-6
+
+R, ALPHA = 3, 7
+D_IN, SLOT = 10, 4
+MASKS = [[True, False, True], [True, True, True], [False, True, False], [True, True, False], [False, False, True]]
+
+
+def randomise(model: nn.Module) -> Any:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape))
+    return model
+
+
+def saved(model: nn.Module, folder: Path, bias: str = "none", prefix: str = "") -> Path:
+    path = folder / "lora.bin"
+    torch.save({prefix + name: tensor for name, tensor in loralib.lora_state_dict(model, bias=bias).items()}, path)
+    return path
+
+
+def linear(fan_in_fan_out: bool = False) -> Any:
+    layer = loralib.Linear(D_IN, 2 * SLOT, r=R, lora_alpha=ALPHA, fan_in_fan_out=fan_in_fan_out)
+    return randomise(nn.ModuleDict({"query": layer}))
+
+
+def merged_linear(enable_lora: list[bool], fan_in_fan_out: bool = False, d_in: int = D_IN) -> Any:
+    layer = loralib.MergedLinear(
+        d_in,
+        SLOT * len(enable_lora),
+        r=R,
+        lora_alpha=ALPHA,
+        enable_lora=enable_lora,
+        fan_in_fan_out=fan_in_fan_out,
+    )
+    return randomise(nn.ModuleDict({"attn": layer}))
+
+
+def change_by_merging(layer: Any) -> NDArray[np.float64]:
+    """What ``eval()`` adds to the weight, which is loralib's own merging, as (d_out, d_in)."""
+    layer.double()
+    before = layer.weight.detach().clone()
+    layer.eval()
+    change: NDArray[np.float64] = (layer.weight.detach() - before).numpy()
+    return change.T if layer.fan_in_fan_out else change
+
+
+def placed(adapter: Adapter, d_out: int) -> NDArray[np.float64]:
+    """The blocks of an adapter at their rows, zeros elsewhere."""
+    whole = np.zeros((d_out, D_IN))
+    for name, update in adapter.items():
+        rows = adapter.targets[name].rows or (0, d_out)
+        assert update.shape == adapter.modules[name].shape == (rows[1] - rows[0], D_IN)
+        whole[slice(*rows)] += update.dense().numpy()
+    return whole
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_linear_updates_are_what_loralib_merges(tmp_path: Path, fan_in_fan_out: bool) -> None:
+    model = linear(fan_in_fan_out)
+    adapter = load_adapter(saved(model, tmp_path), alpha=ALPHA)
+    assert adapter.format == "loralib"
+    assert list(adapter) == ["query"]
+    module = adapter.modules["query"]
+    assert (module.shape, module.r, module.scale, module.scale_source) == ((8, D_IN), R, ALPHA / R, "caller")
+    assert module.target == Target("query.weight")
+    np.testing.assert_allclose(adapter["query"].dense().numpy(), change_by_merging(model["query"]), atol=1e-12)
+
+
+def names_of(mask: list[bool]) -> list[str]:
+    return [f"attn.{name}" for name, enabled in zip("qkv", mask, strict=True) if enabled]
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_blocks_of_a_merged_linear_are_what_loralib_merges(
+    tmp_path: Path, mask: list[bool], fan_in_fan_out: bool
+) -> None:
+    model = merged_linear(mask, fan_in_fan_out)
+    layer = model["attn"]
+    path = saved(model, tmp_path)
+    adapter = load_adapter(path, split=mask, alpha=ALPHA)
+    assert list(adapter) == sorted(names_of(mask))
+    assert {(module.r, module.shape) for module in adapter.modules.values()} == {(R, (SLOT, D_IN))}
+    whole = placed(adapter, 3 * SLOT)
+    merged = layer.merge_AB().detach() * layer.scaling
+    np.testing.assert_allclose(
+        whole, (merged.T if fan_in_fan_out else merged).numpy(), atol=FLOAT32 * np.abs(whole).max()
+    )
+    np.testing.assert_allclose(whole, change_by_merging(layer), atol=1e-12)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_the_base_the_split_and_the_old_mask_agree(tmp_path: Path, mask: list[bool], fan_in_fan_out: bool) -> None:
+    model = merged_linear(mask, fan_in_fan_out)
+    base = load_base({"attn.weight": model["attn"].weight.detach()})
+    path = saved(model, tmp_path)
+    by_split = load_adapter(path, split=mask, alpha=ALPHA)
+    by_both = load_adapter(path, split=",".join(name[-1] for name in names_of(mask)), base=base, alpha=ALPHA)
+    tensors = torch.load(path, weights_only=True) | {"attn.lora_ind": model["attn"].lora_ind}
+    torch.save(tensors, tmp_path / "old.bin")
+    by_mask = load_adapter(tmp_path / "old.bin", alpha=ALPHA)
+    assert by_mask.unused == ()
+    found = [by_split, by_both, by_mask]
+    if all(mask):
+        found.append(load_adapter(path, base=base, alpha=ALPHA))
+    for adapter in found:
+        assert adapter.targets == by_split.targets
+        for name in by_split:
+            assert torch.equal(adapter[name].dense(), by_split[name].dense())
+    for name, update in by_both.items():
+        block = base.matrix(by_both.targets[name], update.shape)
+        weight = model["attn"].weight.detach()
+        assert torch.equal(block, (weight.T if fan_in_fan_out else weight)[slice(*by_both.targets[name].rows or ())])
+
+
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("q,v", ["q", "v"]),
+        (" v , q ", ["q", "v"]),
+        (["v", "q"], ["q", "v"]),
+        ((True, False, True), ["q", "v"]),
+        ([True, True], ["slot0", "slot1"]),
+        ([False, True, False, True], ["slot1", "slot3"]),
+    ],
+    ids=str,
+)
+def test_slots_are_named_in_the_order_of_the_weight(tmp_path: Path, split: Split, names: list[str]) -> None:
+    adapter = load_adapter(saved(merged_linear([True, False, True]), tmp_path), split=split)
+    assert list(adapter) == [f"attn.{name}" for name in names]
+
+
+def test_slots_that_are_not_three_merge_alike(tmp_path: Path) -> None:
+    mask = [False, True, False, True]
+    model = merged_linear(mask)
+    adapter = load_adapter(saved(model, tmp_path), split=mask, alpha=ALPHA)
+    np.testing.assert_allclose(placed(adapter, 4 * SLOT), change_by_merging(model["attn"]), atol=1e-12)
+
+
+@pytest.mark.parametrize("split", ["x", "q,q", "", [], [False, False], [True, "q"], ["q", "x"]], ids=str)
+def test_a_split_names_slots(tmp_path: Path, split: Split) -> None:
+    with pytest.raises(ValueError, match="split: expected the adapted ones of q,k,v, as 'q,v' or"):
+        load_adapter(saved(merged_linear([True, False, True]), tmp_path), split=split)
+
+
+def test_which_slots_are_enabled_is_never_guessed(tmp_path: Path) -> None:
+    model = merged_linear([True, False, True])
+    path = saved(model, tmp_path)
+    base = load_base({"attn.weight": model["attn"].weight})
+    match = r"'attn': a MergedLinear with 2 enabled slot\(s\) of a fused weight.*Pass split= with 2 of q,k,v"
+    given: list[dict[str, Any]] = [{}, {"base": base}, {"split": "q"}, {"split": "q,k,v"}]
+    for options in given:
+        with pytest.raises(AdapterFormatError, match=match):
+            load_adapter(path, alpha=ALPHA, **options)
+
+
+def test_one_enabled_slot_is_known_by_its_base(tmp_path: Path) -> None:
+    """Without a base it looks like a Linear; with one, B has too few rows."""
+    model = merged_linear([False, True, False])
+    path = saved(model, tmp_path)
+    base = load_base({"attn.weight": model["attn"].weight})
+    assert load_adapter(path).targets == {"attn": Target("attn.weight")}
+    with pytest.raises(AdapterFormatError, match=r"'attn': a MergedLinear with 1 enabled slot\(s\)"):
+        load_adapter(path, base=base)
+    adapter = load_adapter(path, base=base, split="k", alpha=ALPHA)
+    assert adapter.targets == {"attn.k": Target("attn.weight", rows=(SLOT, 2 * SLOT))}
+    np.testing.assert_allclose(placed(adapter, 3 * SLOT), change_by_merging(model["attn"]), atol=1e-12)
+
+
+def test_a_linear_beside_merged_ones_stays_whole(tmp_path: Path) -> None:
+    model: Any = nn.ModuleDict({**merged_linear([True, False, True]), **linear()})
+    path = saved(model, tmp_path)
+    base = load_base({"attn.weight": model["attn"].weight, "query.weight": model["query"].weight})
+    given: list[dict[str, Any]] = [{}, {"base": base}]
+    for options in given:
+        assert list(load_adapter(path, split="q,v", **options)) == ["attn.q", "attn.v", "query"]
+
+
+def test_a_split_that_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
+    path = saved(merged_linear([True, False, True]), tmp_path)
+    base = load_base({"attn.weight": torch.randn(2 * SLOT, D_IN)})
+    with pytest.raises(AdapterFormatError, match="'attn': expected a base with 3 blocks of 4 rows, got 8 rows"):
+        load_adapter(path, base=base, split="q,v")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.zeros(12, dtype=torch.bool),
+        torch.tensor([True, False] * 6),
+        torch.tensor([True] * 4 + [False] * 8),
+        torch.ones(11, dtype=torch.bool),
+        torch.zeros(0, dtype=torch.bool),
+        torch.tensor(True),
+    ],
+    ids=["none", "alternating", "one", "ragged", "empty", "scalar"],
+)
+def test_a_mask_that_does_not_fit_is_refused(tmp_path: Path, mask: Tensor) -> None:
+    path = saved(merged_linear([True, False, True]), tmp_path)
+    torch.save(torch.load(path, weights_only=True) | {"attn.lora_ind": mask}, path)
+    with pytest.raises(AdapterFormatError, match="'attn': lora_ind does not mark 2 slots of 4 rows"):
+        load_adapter(path)
+
+
+def test_alpha_is_unknown_until_the_caller_says(tmp_path: Path) -> None:
+    path = saved(linear(), tmp_path)
+    adapter = load_adapter(path)
+    module = adapter.modules["query"]
+    assert math.isnan(module.scale)
+    assert (module.scale_source, module.r) == ("unknown", R)
+    assert any("do not hold lora_alpha" in note and "default is 1" in note for note in adapter.notes)
+    with pytest.raises(UndefinedUpdateError, match="Pass alpha="):
+        adapter["query"].singular_values()
+    told = load_adapter(path, alpha=1)
+    assert told.notes == ()
+    # loralib's own default of alpha is 1, so its scale is 1/r and not 1.
+    assert told.modules["query"].scale == loralib.Linear(2, 2, r=R).scaling == 1 / R
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf])
+def test_alpha_is_a_finite_number(tmp_path: Path, alpha: float) -> None:
+    with pytest.raises(ValueError, match=f"alpha: expected a finite number, got {alpha}"):
+        load_adapter(saved(linear(), tmp_path), alpha=alpha)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_are_listed(tmp_path: Path, bias: str) -> None:
+    adapter = load_adapter(saved(linear(), tmp_path, bias=bias))
+    assert list(adapter) == ["query"]
+    assert [(u.tensor, u.reason, u.nbytes) for u in adapter.unused] == [
+        ("query.bias", "bias: a full bias in place of the base's", 8 * 4)
+    ]
+
+
+def test_a_whole_state_dict_lists_the_base(tmp_path: Path) -> None:
+    model = nn.ModuleDict({**linear(), "head": nn.Linear(3, 3)})
+    torch.save(model.state_dict(), tmp_path / "all.pt")
+    adapter = load_adapter(tmp_path / "all.pt", alpha=ALPHA)
+    assert list(adapter) == ["query"]
+    listed = {unused.tensor: unused.reason for unused in adapter.unused}
+    assert set(listed) == {"query.weight", "query.bias", "head.weight", "head.bias"}
+    assert listed["head.weight"] == "a full tensor trained beside LoRA, no part of any update"
+
+
+def test_the_prefix_of_data_parallel_training_is_dropped(tmp_path: Path) -> None:
+    model = merged_linear([True, False, True])
+    adapter = load_adapter(saved(model, tmp_path, prefix="module."), split="q,v", alpha=ALPHA)
+    assert list(adapter) == ["attn.q", "attn.v"]
+    assert adapter.targets["attn.q"].tensor == "attn.weight"
+    np.testing.assert_allclose(placed(adapter, 3 * SLOT), change_by_merging(model["attn"]), atol=1e-12)
+
+
+def test_safetensors_are_read_alike(tmp_path: Path) -> None:
+    model = linear()
+    save_file(loralib.lora_state_dict(model), tmp_path / "lora.safetensors")
+    a, b = load_adapter(tmp_path / "lora.safetensors", alpha=1), load_adapter(saved(model, tmp_path), alpha=1)
+    assert torch.equal(a["query"].dense(), b["query"].dense())
+
+
+@pytest.mark.parametrize("kind", [loralib.Conv1d, loralib.Conv2d, loralib.Conv3d], ids=["1d", "2d", "3d"])
+def test_convolutions_are_recognised_by_their_base(tmp_path: Path, kind: Any) -> None:
+    model = randomise(nn.ModuleDict({"conv": kind(4, 6, kernel_size=3, r=2)}))
+    base = load_base({"conv.conv.weight": model["conv"].conv.weight, "conv.weight": model["conv"].conv.weight})
+    with pytest.raises(UnsupportedAdapterError, match=r"'conv': LoRA on a base tensor of shape .*\(a convolution\?\)"):
+        load_adapter(saved(model, tmp_path), base=base)
+
+
+def test_an_embedding_is_a_linear_map_on_a_turned_weight(tmp_path: Path) -> None:
+    """A (r, vocab) and B (dim, r) of an Embedding are those of a Linear from words to vectors."""
+    layer = loralib.Embedding(20, 6, r=R, lora_alpha=ALPHA)
+    model = randomise(nn.ModuleDict({"wte": layer})).double()
+    base = load_base({"wte.weight": layer.weight.detach().clone()})
+    adapter = load_adapter(saved(model, tmp_path), base=base, alpha=ALPHA)
+    update = adapter["wte"]
+    before = base.matrix(adapter.targets["wte"], update.shape)
+    layer.eval()
+    np.testing.assert_allclose(update.dense().numpy(), (layer.weight.detach().T - before).numpy(), atol=1e-12)
+
+
+def test_a_base_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = saved(linear(), tmp_path)
+    with pytest.raises(
+        AdapterFormatError, match=r"'query': expected a base matrix with 10 input columns, got \(8, 9\)"
+    ):
+        load_adapter(path, base=load_base({"query.weight": torch.ones(8, 9)}))
+    with pytest.raises(BaseWeightsError, match=r"expected the tensor 'query\.weight'"):
+        load_adapter(path, base=load_base({"other.weight": torch.ones(8, 10)}))
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((3, 5), (4, 2)),
+        ((2, 5), (4, 3)),
+        ((5,), (4, 2)),
+        ((2, 5), (4,)),
+        ((2, 5, 1), (4, 2)),
+        ((2, 5), (4, 0)),
+        ((0, 5), (4, 2)),
+        ((), ()),
+    ],
+    ids=str,
+)
+def test_factors_of_other_layouts_are_refused(tmp_path: Path, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    torch.save({"m.lora_A": torch.zeros(a), "m.lora_B": torch.zeros(b)}, tmp_path / "x.bin")
+    with pytest.raises(AdapterFormatError, match=r"'m': expected lora_A \(r, d_in\) and lora_B .*build other layouts"):
+        load_adapter(tmp_path / "x.bin")
+
+
+def test_rows_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    torch.save({"m.lora_A": torch.zeros(4, 5), "m.lora_B": torch.zeros(7, 2)}, tmp_path / "x.bin")
+    with pytest.raises(AdapterFormatError, match="'m': expected the 7 rows of lora_B in 2 equal blocks"):
+        load_adapter(tmp_path / "x.bin", split="q,v")
+
+
+@pytest.mark.parametrize("lost", ["A", "B"])
+def test_a_factor_without_its_partner_is_named(tmp_path: Path, lost: str) -> None:
+    tensors = loralib.lora_state_dict(linear())
+    del tensors[f"query.lora_{lost}"]
+    torch.save(tensors, tmp_path / "x.bin")
+    with pytest.raises(
+        AdapterFormatError, match=f"'query': expected lora_A and lora_B, 'query.lora_{lost}' is missing"
+    ):
+        load_adapter(tmp_path / "x.bin")
+
+
+def test_adapters_of_loralib_have_no_names(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFormatError, match="expected an adapter named 'x'; loralib's have no names"):
+        load_adapter(saved(linear(), tmp_path), name="x")
+
+
+def test_factors_stay_in_their_dtype_and_lie_on_the_device(tmp_path: Path) -> None:
+    update = load_adapter(saved(linear().half(), tmp_path), alpha=1, device="meta")["query"]
+    assert (update.up.dtype, update.up.device.type) == (torch.float16, "meta")  # type: ignore[attr-defined]
