@@ -32,6 +32,12 @@ CERTIFIED_CONDITION = 1e3
 """Largest condition number of a column-scaled factor for which the Gram route is used: its relative
 error is then about 2⁻⁵³ · 10⁶ = 1e-10."""
 
+_ONE_ROUND = 1e2
+"""Condition up to which one round of CholeskyQR is orthonormal to 2⁻⁵³ · 10⁴ = 1e-12."""
+
+_GRAM_BLOCK = 2**16
+"""Numbers of a factor turned to float64 at a time, half a megabyte."""
+
 _CANCELLATION = 1e-6
 """‖ΔW‖²/(Σ‖b_k‖‖a_k‖)² below which the Gram formula of the norm has lost digits and QR takes over."""
 
@@ -210,33 +216,31 @@ class LowRankUpdate:
     def norm(self) -> float:
         """Frobenius norm of ΔW.
 
-        ``|scale| · sqrt(sum((up.T @ up) * (down @ down.T)))``, or the norm of the r x r core where
-        that sum has cancelled.
+        ``|scale| · sqrt(sum((up.T @ up) * (down @ down.T)))``, or the norm of the r x r core where that sum
+        has cancelled.
         """
-        up, down = self._balanced_factors()
-        if self.r == 0:
-            return 0.0
-        square = float(((up.mT @ up) * (down @ down.mT)).sum())
-        bound = float((up.norm(dim=0) * down.norm(dim=1)).sum()) ** 2
+        gram_up, gram_down = self._grams()
+        square = float((gram_up * gram_down).sum())
+        bound = float((gram_up.diagonal() * gram_down.diagonal()).sqrt().sum()) ** 2
         if square > _CANCELLATION * bound:
             return abs(self.scale) * math.sqrt(square)
-        r_up, r_down = torch.linalg.qr(up).R, torch.linalg.qr(down.mT).R
+        r_up, r_down = (torch.linalg.qr(factor.double(), mode="r").R for factor in self._tall())
         return abs(self.scale) * float((r_up @ r_down.mT).norm())
 
     def core(self) -> tuple[Tensor, Tensor]:
-        """Triangular factors of the gauge-balanced product: ``ΔW = scale · Q_up R_up R_downᵀ Q_downᵀ``.
+        """Triangular factors of the product: ``ΔW = scale · Q_up R_up R_downᵀ Q_downᵀ``.
 
-        Everything that ΔW's spectrum and the storage noise depend on, without its long sides. By
-        Cholesky of the float64 Gram matrices while that is certified to keep ten digits, else by QR.
+        Everything that ΔW's spectrum and the storage noise depend on, without its long sides. By Cholesky
+        of the float64 Gram matrices while that is certified to keep ten digits, else by QR.
 
         Returns
         -------
         R_up : Tensor, shape (min(d_out, r), r)
         R_down : Tensor, shape (min(d_in, r), r)
-            Float64. Columns of both are scaled alike against the stored factors (see ``svd``).
+            Float64. Column j is as long as column j of ``up``, and as row j of ``down``.
         """
-        up, down = self._balanced_factors()
-        return _triangular_factor(up), _triangular_factor(down.mT)
+        r_up, r_down = map(_triangular_factor, self._tall(), self._grams())
+        return r_up, r_down
 
     def singular_values(self) -> Tensor:
         """Singular values of ΔW, shape (min(r, d_out, d_in),), descending, float64.
@@ -248,10 +252,11 @@ class LowRankUpdate:
         return abs(self.scale) * S
 
     def svd(self, k: int | None = None) -> Svd:
-        """Compact SVD of ΔW in float64: QR of both factors and an SVD of the r x r core.
+        """Compact SVD of ΔW in float64: thin QR of both factors and an SVD of the r x r core.
 
-        The gauge is balanced first (column j of ``up`` and row j of ``down`` brought to like norms by
-        powers of two, exactly), because the error of the route is relative to ‖up‖‖down‖.
+        The QR is CholeskyQR, matrix products alone, in one round or two as a bound on the condition asks,
+        orthonormal to 1e-12; or Householder's, where the bound certifies neither. The error of all is relative
+        to the length of each column, so it does not depend on how the gauge spreads lengths over the factors.
 
         Parameters
         ----------
@@ -267,52 +272,104 @@ class LowRankUpdate:
         ------
         UndefinedUpdateError
             If the scale is unknown or a factor holds NaN or infinities.
+
+        References
+        ----------
+        Yamamoto et al. 2015, *Roundoff error analysis of the CholeskyQR2 algorithm*, ETNA 44.
         """
-        up, down = self._balanced_factors()
-        q_up, r_up = torch.linalg.qr(up)
-        q_down, r_down = torch.linalg.qr(down.mT)
+        (basis_up, mixing_up, r_up), (basis_down, mixing_down, r_down) = map(_thin_qr, self._tall(), self._grams())
         U, S, Vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
         sign = -1.0 if self.scale < 0 else 1.0
-        return Svd(q_up @ (sign * U[:, :k]), abs(self.scale) * S[:k], Vh[:k] @ q_down.mT)
+        return Svd(
+            basis_up @ (mixing_up @ (sign * U[:, :k])),
+            abs(self.scale) * S[:k],
+            (Vh[:k] @ mixing_down.mT) @ basis_down.mT,
+        )
 
     def dense(self) -> Tensor:
         """ΔW itself, shape (d_out, d_in), float64."""
         _require_known_scale(self.scale)
-        return self.scale * (self.up.detach().double() @ self.down.detach().double())
+        up, down = self._tall()
+        return self.scale * (up.double() @ down.mT.double())
 
-    def _balanced_factors(self) -> tuple[Tensor, Tensor]:
-        """Both factors in float64, rank-one terms of like norms on either side."""
+    def _tall(self) -> tuple[Tensor, Tensor]:
+        """Both factors upright, (d_out, r) and (d_in, r), without gradients: what is analysed is a value."""
+        return self.up.detach(), self.down.detach().mT
+
+    def _grams(self) -> tuple[Tensor, Tensor]:
+        """``up.T @ up`` and ``down @ down.T`` in float64, of factors that have a spectrum."""
         _require_known_scale(self.scale)
-        # Numbers are taken from the factors, nothing is trained through them.
-        up, down = self.up.detach().double(), self.down.detach().double()
-        up_norms, down_norms = up.norm(dim=0), down.norm(dim=1)
-        ratio = down_norms / up_norms
-        if not (up_norms.isfinite().all() and down_norms.isfinite().all()):
+        gram_up, gram_down = (_gram(factor) for factor in self._tall())
+        if not bool((gram_up.diagonal().isfinite() & gram_down.diagonal().isfinite()).all()):
             raise UndefinedUpdateError("the factors of this update hold NaN or infinities, so it has no spectrum.")
-        balanceable = (up_norms > 0) & (down_norms > 0)
-        exponent = torch.where(balanceable, ratio, 1.0).log2().div(2).round()
-        return up * torch.exp2(exponent), down * torch.exp2(-exponent)[:, None]
+        return gram_up, gram_down
 
 
-def _triangular_factor(factor: Tensor) -> Tensor:
-    """R with ``R.T @ R = factor.T @ factor``, for a tall float64 factor (d, r)."""
+def _gram(factor: Tensor) -> Tensor:
+    """``factor.T @ factor`` in float64, for a tall factor (d, r) of any dtype.
+
+    A block of rows at a time, so that no float64 copy of the whole is made: fresh megabytes cost more than
+    the product.
+    """
     d, r = factor.shape
-    if r <= d:
-        gram = factor.mT @ factor
-        size = gram.diagonal().sqrt()
-        if r > 0 and bool((size > 0).all()):
-            # Scaling to a unit diagonal first makes the error depend on the condition of the
-            # directions alone, not on how unevenly the gauge spreads their lengths.
-            lower, info = torch.linalg.cholesky_ex(gram / (size * size[:, None]))
-            if int(info) == 0:
-                identity = torch.eye(r, dtype=lower.dtype, device=lower.device)
-                inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-                # ‖L‖_F ‖L⁻¹‖_F bounds the condition from above; ‖L‖_F is sqrt(r) by the scaling.
-                if math.sqrt(r) * float(inverse.norm()) <= CERTIFIED_CONDITION:
-                    certified: Tensor = lower.mT * size
-                    return certified
-    R: Tensor = torch.linalg.qr(factor, mode="r").R
+    gram = torch.zeros(r, r, dtype=torch.float64, device=factor.device)
+    rows = max(1, _GRAM_BLOCK // max(r, 1))
+    for start in range(0, d, rows):
+        block = factor[start : start + rows].double()
+        gram.addmm_(block.mT, block)
+    return gram
+
+
+class _Cholesky(NamedTuple):
+    """R with ``R.T @ R`` a given Gram matrix, its inverse, and a bound on the condition of the directions."""
+
+    R: Tensor
+    inverse: Tensor
+    condition: float
+
+
+def _cholesky(gram: Tensor) -> _Cholesky | None:
+    """The Cholesky factor of a Gram matrix, if its condition is certified."""
+    size = gram.diagonal().sqrt()
+    if not bool((size > 0).all()):
+        return None
+    # Scaling to a unit diagonal first makes the error depend on the condition of the directions alone, not on
+    # how unevenly the gauge spreads their lengths.
+    lower, info = torch.linalg.cholesky_ex(gram / (size * size[:, None]))
+    if int(info) != 0:
+        return None
+    identity = torch.eye(len(size), dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    # ‖L‖_F ‖L⁻¹‖_F bounds the condition from above; ‖L‖_F is sqrt(r) by the scaling.
+    condition = math.sqrt(len(size)) * float(inverse.norm())
+    if condition > CERTIFIED_CONDITION:
+        return None
+    return _Cholesky(lower.mT * size, inverse.mT / size[:, None], condition)
+
+
+def _triangular_factor(factor: Tensor, gram: Tensor) -> Tensor:
+    """R with ``R.T @ R = factor.T @ factor``, for a factor (d, r) with that Gram matrix."""
+    found = _cholesky(gram) if factor.shape[1] <= factor.shape[0] else None
+    if found is not None:
+        return found.R
+    R: Tensor = torch.linalg.qr(factor.double(), mode="r").R
     return R
+
+
+def _thin_qr(factor: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin QR of a factor in float64 as ``Q = basis @ mixing`` and R, mixing being small."""
+    factor = factor.double()
+    first = _cholesky(gram) if factor.shape[1] <= factor.shape[0] else None
+    if first is not None and first.condition <= _ONE_ROUND:
+        return factor, first.inverse, first.R
+    if first is not None:
+        # A second round on a basis that is almost orthonormal brings it from the condition squared to rounding.
+        basis = factor @ first.inverse
+        second = _cholesky(basis.mT @ basis)
+        if second is not None:
+            return basis, second.inverse, second.R @ first.R
+    Q, R = torch.linalg.qr(factor)
+    return Q, torch.eye(Q.shape[1], dtype=Q.dtype, device=Q.device), R
 
 
 @dataclass(frozen=True, slots=True, eq=False)

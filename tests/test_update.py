@@ -265,6 +265,31 @@ def test_values_stay_exact_where_large_directions_meet_small_ones(exponent: int)
         np.testing.assert_allclose(S.numpy(), [2 * e, 2 * e], rtol=CERTIFIED)
 
 
+@pytest.mark.parametrize("gauge", [0, 26], ids=["plain", "bad"])
+@pytest.mark.parametrize("r", [2, 8, 32])
+@pytest.mark.parametrize("condition", [1.0, 5.0, 30.0, 90.0, 110.0, 500.0, 900.0, 2e3, 1e6, 1e12])
+def test_singular_vectors_are_orthonormal_whatever_the_condition(condition: float, r: int, gauge: int) -> None:
+    """On both sides of every limit at which the route may change."""
+    rng = np.random.default_rng(r)
+
+    def factor(d: int) -> Array:
+        left, right = np.linalg.qr(rng.standard_normal((d, r))).Q, np.linalg.qr(rng.standard_normal((r, r))).Q
+        columns: Array = left * np.geomspace(1, 1 / condition, r) @ right
+        return columns
+
+    scales = np.exp2(np.round(np.linspace(-gauge, gauge, r)))
+    up, down = factor(150) * scales, (factor(90) / scales).T
+    update = LowRankUpdate(torch.from_numpy(up), torch.from_numpy(down), 2.0)
+    svd, matrix = update.svd(), dense_oracle(update)
+    for basis in (svd.U, svd.V):
+        np.testing.assert_allclose((basis.mT @ basis).numpy(), np.eye(r), rtol=0, atol=ORTHONORMAL)
+    # Relative to the factors, whose largest directions need not meet: 1e-12 of their product, not of sigma_1.
+    size = 2.0 * float(np.linalg.norm(up / scales, 2) * np.linalg.norm(down.T * scales, 2))
+    np.testing.assert_allclose((svd.U * svd.S @ svd.Vh).numpy(), matrix, rtol=0, atol=1e-14 * size)
+    oracle = np.linalg.svd(matrix, compute_uv=False)[:r]
+    np.testing.assert_allclose(svd.S.numpy(), oracle, rtol=CERTIFIED, atol=1e-14 * size)
+
+
 def test_the_fast_route_falls_back_to_qr_where_the_factors_are_ill_conditioned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

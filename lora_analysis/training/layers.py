@@ -25,6 +25,9 @@ from torch.nn import functional as F
 
 from lora_analysis.errors import UndefinedUpdateError
 
+_MERGED_ROWS = 64
+"""Rows of a weight merged at a time: 2 MB of float64 at a width of 4096."""
+
 
 class LoraLayer(nn.Module):
     """A frozen linear layer with a trainable low-rank update beside it.
@@ -148,15 +151,22 @@ class LoraLayer(nn.Module):
         """
         if self.merged:
             raise ValueError("expected an unmerged layer, got a merged one. Call unmerge first.")
-        original = self.weight.detach().clone()
-        delta_w = self.delta_w().mT if self.transposed else self.delta_w()
-        merged = (original.double() + delta_w).to(original.dtype)
-        if not merged.isfinite().all():
-            raise UndefinedUpdateError(
-                f"expected a finite merged weight, got NaN or infinities in {original.dtype}. "
-                "Check the factors, or convert the model to a wider dtype."
-            )
-        self.weight.data.copy_(merged)
+        weight = self.weight.data
+        original = weight.clone()
+        up, down = self.lora_B.detach().double(), self.lora_A.detach().double()
+        left, right = (down.mT, up.mT) if self.transposed else (up, down)
+        right = self.scale * right
+        # Row blocks that stay in cache: no float64 copy of the matrix is made.
+        for start in range(0, len(weight), _MERGED_ROWS):
+            block = slice(start, start + _MERGED_ROWS)
+            merged = torch.addmm(original[block].double(), left[block], right)
+            if not float(torch.linalg.vector_norm(merged, torch.inf)) <= torch.finfo(weight.dtype).max:
+                weight.copy_(original)
+                raise UndefinedUpdateError(
+                    f"expected a finite merged weight, got NaN or infinities in {weight.dtype}. "
+                    "Check the factors, or convert the model to a wider dtype."
+                )
+            weight[block] = merged.to(weight.dtype)
         self._original = original
 
     def unmerge(self) -> None:

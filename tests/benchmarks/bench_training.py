@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import loralib
 import peft
@@ -52,7 +53,8 @@ class Layer(nn.Module):
         )
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = self.first_norm(x + self.attention_output(mixed))
-        return self.second_norm(x + self.output(F.gelu(self.intermediate(x))))
+        y: Tensor = self.second_norm(x + self.output(F.gelu(self.intermediate(x))))
+        return y
 
 
 class Classifier(nn.Module):
@@ -64,7 +66,8 @@ class Classifier(nn.Module):
         self.classifier = nn.Linear(d, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.layers(x).mean(dim=1))
+        logits: Tensor = self.classifier(self.layers(x).mean(dim=1))
+        return logits
 
 
 def with_ours(base: nn.Module, targets: list[str], r: int) -> nn.Module:
@@ -75,9 +78,9 @@ def with_ours(base: nn.Module, targets: list[str], r: int) -> nn.Module:
     return model
 
 
-def with_peft(ours: nn.Module, base: nn.Module, targets: list[str], r: int) -> nn.Module:
+def with_peft(ours: nn.Module, base: nn.Module, targets: list[str], r: int) -> Any:
     config = peft.LoraConfig(r=r, lora_alpha=ALPHA, target_modules=targets)
-    model = peft.get_peft_model(copy.deepcopy(base), config)
+    model: Any = peft.get_peft_model(copy.deepcopy(base), config)
     with torch.no_grad():
         for name, layer in training.lora_layers(ours).items():
             theirs = model.base_model.model.get_submodule(name)
@@ -103,7 +106,7 @@ def step_of(model: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
     def step() -> None:
-        F.cross_entropy(model(x), labels).backward()
+        torch.autograd.backward(F.cross_entropy(model(x), labels))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -114,7 +117,7 @@ def floor_of(base: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], None]:
     model, x = copy.deepcopy(base).requires_grad_(False), x.clone().requires_grad_()
 
     def step() -> None:
-        F.cross_entropy(model(x), labels).backward()
+        torch.autograd.backward(F.cross_entropy(model(x), labels))
         x.grad = None
 
     return step
@@ -122,7 +125,7 @@ def floor_of(base: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], None]:
 
 def gradients(model: nn.Module, x: Tensor, labels: Tensor) -> list[Tensor]:
     """Of A and B of every adapted module, in the order of the modules."""
-    F.cross_entropy(model(x), labels).backward()
+    torch.autograd.backward(F.cross_entropy(model(x), labels))
     found = []
     for part in ("lora_A", "lora_B"):
         found += [p.grad for name, p in model.named_parameters() if part in name and p.grad is not None]
@@ -182,14 +185,14 @@ def inference(base: nn.Module, x: Tensor, r: int, rounds: int) -> None:
 def merging(divide: int, r: int, rounds: int) -> None:
     d, inner = 4096 // divide, 11008 // divide
     shapes = 4 * [(d, d)] + 2 * [(inner, d)] + [(d, inner)]
-    base = nn.ModuleDict({f"linear{i}": nn.Linear(n, m, bias=False).bfloat16() for i, (m, n) in enumerate(shapes)})
-    names = list(base)
+    linears = {f"linear{i}": nn.Linear(n, m, bias=False).bfloat16() for i, (m, n) in enumerate(shapes)}
+    base, names = nn.ModuleDict(linears), list(linears)
     ours = with_ours(base, names, r)
     theirs = with_peft(ours, base, names, r)
-    floor = [module.weight.detach().clone() for module in base.values()]
+    floor = [module.weight.detach().clone() for module in linears.values()]
 
     def read_and_write() -> None:
-        for module, saved in zip(base.values(), floor, strict=True):
+        for module, saved in zip(linears.values(), floor, strict=True):
             saved.copy_(module.weight.detach())
 
     turns: dict[str, list[float]] = {name: [] for name in ("ours: merge", "peft: merge_adapter", FLOOR_OF_MERGING)}
