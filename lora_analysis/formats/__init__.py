@@ -192,9 +192,12 @@ def _files(path: Path) -> tuple[Path, Path | None]:
             "Pass one of them, or its name=."
         )
     files = sorted(file for file in path.iterdir() if file.suffix in {".safetensors", ".bin", ".pt", ".pth", ".npz"})
-    if len(files) != 1:
+    if not files:
+        raise AdapterFormatError(f"{path}: expected {' or '.join(_WEIGHTS)}, or one file of tensors, found none.")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:3]) + (", …" if len(files) > 3 else "")
         raise AdapterFormatError(
-            f"{path}: expected {' or '.join(_WEIGHTS)}, or one file of tensors, found {len(files) or 'none'}."
+            f"{path}: expected one file of tensors, found {len(files)} ({names}). Pass one of them."
         )
     return files[0], config if config.is_file() else None
 
@@ -202,7 +205,7 @@ def _files(path: Path) -> tuple[Path, Path | None]:
 def _detected(checkpoint: Checkpoint, config: dict[str, Any], where: str) -> Any:
     if found := unread.recognised(checkpoint, config):
         raise UnsupportedAdapterError(
-            f"{where}: holds {found}, which is not read yet. Read are: {', '.join(f.NAME for f in FORMATS)}."
+            f"{where}: holds {found}; it is not read yet. Read are: {', '.join(f.NAME for f in FORMATS)}."
         )
     for module in FORMATS:
         if module.matches(checkpoint, config):

@@ -29,6 +29,15 @@ _BY_KEY = (
     ("Sam_LoRA slices", r"^w_[ab]_\d+$"),
     ("cloneofsimo LoRA", r"^(unet|text_encoder):\d+:(up|down)$"),
 )
+_NOT_LOW_RANK = {
+    "IA3": ", which is no additive low-rank update",
+    "UNILORA": ", which shares one vector among all modules",
+    "OFT": ", a multiplicative update",
+    "BOFT": ", a multiplicative update",
+    "PROMPT_TUNING": ", which changes no weight",
+    "PREFIX_TUNING": ", which changes no weight",
+    "P_TUNING": ", which changes no weight",
+}
 _DIFFUSERS_COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.")
 
 
@@ -36,7 +45,7 @@ def recognised(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | None:
     """The name of a format or kind that is known and not read, or None."""
     peft_type = config.get("peft_type")
     if isinstance(peft_type, str) and peft_type.upper() != "LORA":
-        return f"PEFT {peft_type}"
+        return f"PEFT {peft_type}{_NOT_LOW_RANK.get(peft_type.upper(), '')}"
     if "fine_tune_type" in config or "lora_parameters" in config:
         return "MLX LoRA"
     names = list(checkpoint)

@@ -547,7 +547,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "OLoRA": (lambda: peft.LoraConfig(target_modules=["lin"], init_lora_weights="olora"), "initialised by 'olora'"),
     "AdaLoRA": (
         lambda: peft.AdaLoraConfig(target_modules=["lin"], init_r=4, target_r=2, total_step=10),
-        "PEFT ADALORA, which is not read yet",
+        "PEFT ADALORA; it is not read yet",
     ),
     "LoHa": (lambda: peft.LoHaConfig(target_modules=["lin"]), "PEFT LOHA"),
     "LoKr": (lambda: peft.LoKrConfig(target_modules=["lin"]), "PEFT LOKR"),

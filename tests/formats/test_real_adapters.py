@@ -230,8 +230,8 @@ FOREIGN = {
     "toylora/finetuned.pth": r"'lora_layers.0': expected lora_A \(r, d_in\) and lora_B .*build other layouts",
     "toylora/pretrained.pth": r"no known format matches its 8 tensors \(first: 'network.0.weight'\)",
     "peft_regression/lora_mlp/output.pt": "expected a mapping of names to tensors, got a Tensor",
-    "sam_lora/round_a": "or one file of tensors, found 4",
-    "cloneofsimo": "or one file of tensors, found 5",
+    "sam_lora/round_a": "expected one file of tensors, found 4",
+    "cloneofsimo": "expected one file of tensors, found 5",
     "peft": r"found a folder of 1 \(roberta_base_mrpc_r8\)",
     "peft/roberta_base_agnews_r4": r"found a folder of 2 \(checkpoint-1200, checkpoint-500\)",
 }
