@@ -14,7 +14,7 @@ another weight of the same name to be transposed, as GPT-2's ``mlp.c_proj`` prov
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,11 @@ _FILES = (
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
 )
-_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "base_layer.")
+_WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "base_layer"}
 _PREFIXES = ("module.", "base_model.model.")
 _MAX_DROPPED = 2
+_SCALES = ("_scale_inv", "_scale", ".scale", "_scales")
+"""What tensors of scales beside a quantised weight are called."""
 
 
 class BaseWeights:
@@ -83,36 +85,56 @@ class BaseWeights:
         return tensor in self._names
 
     def find(self, tensor: str) -> str:
-        """The base's own name of a tensor an adapter names, whose prefix may differ.
+        """The base's own name of one tensor; see ``find_all``."""
+        return self.find_all([tensor])[tensor]
 
-        The exact name wins. Otherwise up to two leading components are dropped from the adapter's name
-        (``transformer.h.0…`` in a file saved from the bare model), or the one base name that ends in it
-        is taken (a prefix the adapter lacks).
+    def find_all(self, tensors: Iterable[str]) -> dict[str, str]:
+        """The base's own names of the tensors an adapter updates, whose common prefix may differ.
+
+        Exact names win. Otherwise one change of prefix must serve all of them: up to two leading components
+        that they share are dropped (``transformer.h.0…`` against a file saved from the bare model), or one
+        prefix is put before all. So no two tensors of an adapter end up on one of the base.
+
+        Parameters
+        ----------
+        tensors : iterable of str
+            All the tensors of one adapter.
+
+        Returns
+        -------
+        dict of str to str
+            Adapter's name to base's name.
 
         Raises
         ------
         BaseWeightsError
-            If nothing fits, or several names do.
+            If no change of prefix fits, or several do.
         """
-        if tensor in self._names:
-            return tensor
-        parts = tensor.split(".")
-        for dropped in range(1, min(_MAX_DROPPED, len(parts) - 2) + 1):
-            shorter = ".".join(parts[dropped:])
-            if shorter in self._names:
-                return shorter
-        longer = [name for name in self._names if name.endswith(f".{tensor}")]
-        if len(longer) == 1:
-            return longer[0]
-        if longer:
+        wanted = list(dict.fromkeys(tensors))
+        if all(tensor in self._names for tensor in wanted):  # also where there are none
+            return {tensor: tensor for tensor in wanted}
+        parts = [tensor.split(".") for tensor in wanted]
+        for dropped in range(1, min(_MAX_DROPPED, min(map(len, parts)) - 2) + 1):
+            if len({tuple(components[:dropped]) for components in parts}) == 1:
+                shorter = {tensor: ".".join(c[dropped:]) for tensor, c in zip(wanted, parts, strict=True)}
+                if all(name in self._names for name in shorter.values()):
+                    return shorter
+        # Every name of the base that ends in the first one proposes a prefix.
+        prefixes = [name.removesuffix(wanted[0]) for name in self._names if name.endswith(f".{wanted[0]}")]
+        fitting = [prefix for prefix in prefixes if all(prefix + tensor in self._names for tensor in wanted)]
+        if len(fitting) == 1:
+            return {tensor: fitting[0] + tensor for tensor in wanted}
+        if fitting:
+            first, second = (prefix + wanted[0] for prefix in fitting[:2])
             raise BaseWeightsError(
-                f"{self.source}: {tensor!r} could be any of {len(longer)} tensors ({longer[0]!r}, {longer[1]!r}, …). "
+                f"{self.source}: {wanted[0]!r} could be any of {len(fitting)} tensors ({first!r}, {second!r}, …). "
                 "Give the component's own weights as the base."
             )
-        example = next(iter(self._names), "nothing")
+        missing = next(tensor for tensor in wanted if tensor not in self._names)
         raise BaseWeightsError(
-            f"{self.source}: expected the tensor {tensor!r} that the adapter updates, found none of that name "
-            f"among {len(self)} (first: {example!r}). Is this the model the adapter was trained on?"
+            f"{self.source}: expected the tensor {missing!r} that the adapter updates, found none of that name among "
+            f"{len(self)} (first: {next(iter(self._names), 'nothing')!r}), nor all of the adapter's under another "
+            "prefix. Is this the model the adapter was trained on?"
         )
 
     def shape(self, tensor: str) -> tuple[int, ...]:
@@ -142,10 +164,12 @@ class BaseWeights:
         name = self.find(target.tensor)
         weight = self._checkpoint[self._names[name]].detach().to(self._device)
         where = f"{self.source}: {name!r}"
-        if not weight.is_floating_point():
+        scale = next((self._names[f"{name}{end}"] for end in _SCALES if f"{name}{end}" in self._names), None)
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2 or scale is not None:
+            beside = f" and {scale!r} beside it" if scale else ""
             raise BaseWeightsError(
-                f"{where}: expected floating-point weights, got {weight.dtype} (a quantised base?). "
-                "Give the original weights."
+                f"{where}: expected floating-point weights of two bytes or more, got {weight.dtype}{beside}: a "
+                "quantised base. Give the original weights."
             )
         if target.expert is not None:
             if weight.ndim != 3 or not 0 <= target.expert < weight.shape[0]:
@@ -236,6 +260,11 @@ def load_base(
 
 def _load_base(source: Any, device: torch.device) -> BaseWeights:
     if isinstance(source, nn.Module):
+        if merged := [name for name, module in source.named_modules() if _is_merged(module)]:
+            raise BaseWeightsError(
+                f"{type(source).__name__}: expected the base's weights, got a model with merged updates (first: "
+                f"{merged[0]!r}). Unmerge it; loralib merges in eval(), so call train() first."
+            )
         return BaseWeights(
             StateDict(source.state_dict()),
             source=type(source).__name__,
@@ -272,11 +301,15 @@ def _weights_file(path: Path) -> Path:
 
 def _plain_name(name: str) -> str:
     # Wrappers first: compile may lie round DDP and PEFT, and would hide their prefixes.
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
+    name = ".".join(component for component in name.split(".") if component not in _WRAPPERS)
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     return name
+
+
+def _is_merged(module: nn.Module) -> bool:
+    """Whether a LoRA layer, ours or loralib's or PEFT's, has folded its update into its weight."""
+    return hasattr(module, "lora_A") and bool(getattr(module, "merged", False))
 
 
 def _stored_transposed(model: nn.Module) -> dict[str, bool]:

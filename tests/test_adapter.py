@@ -253,3 +253,10 @@ def test_a_scale_has_a_known_source() -> None:
 def test_an_unused_tensor_says_why() -> None:
     unused = Unused("x.bias", "bias: a full bias in place of the base's", 12)
     assert (unused.tensor, unused.nbytes) == ("x.bias", 12)
+
+
+def test_adapters_compare_by_identity_and_can_be_kept_in_sets() -> None:
+    adapter = Adapter({"m": LowRankUpdate(torch.ones(2, 1), torch.ones(1, 2), 1.0)})
+    assert adapter == adapter
+    assert len({adapter, adapter}) == 1
+    assert adapter != Adapter(dict(adapter))

@@ -221,7 +221,7 @@ BASE = {
         (Target("layers.0.q.weight", rows=(2, 6)), (4, 3), "expected 4x3 in rows 2:6, got 4x3"),
         (Target("layers.0.q.weight", rows=(2, 6)), None, "expected the target's slice in rows 2:6, got 4x3"),
         (Target("layers.0.q.weight", columns=(0, 9)), None, "expected the target's slice.*, got 4x3"),
-        (Target("layers.0.quantised.weight"), (4, 3), r"got torch.int8 \(a quantised base\?\). Give the original"),
+        (Target("layers.0.quantised.weight"), (4, 3), r"got torch.int8: a quantised base. Give the original"),
         (Target("layers.0.packed.weight"), (4, 3), "got torch.uint8"),
         (Target("norm.weight"), (4, 3), r"expected a matrix, got shape \(4,\)"),
         (Target("experts", expert=2), (4, 3), r"expected a stack of experts with number 2, got \(2, 4, 3\)"),
@@ -371,3 +371,49 @@ def test_a_real_base_meets_its_real_adapter(shared_adapters: Path) -> None:
         oracle = np.linalg.svd(dense, compute_uv=False)[: min(update.r, *update.shape)]
         np.testing.assert_allclose(update.svd().S.numpy(), oracle, rtol=1e-9)
     assert adapter["network.9"].svd().S.shape == (10,)
+
+
+def test_one_change_of_prefix_serves_a_whole_adapter_so_no_two_modules_share_a_matrix() -> None:
+    base = load_base({"encoder.lin.weight": torch.ones(2, 2), "proj.weight": torch.ones(2, 2)})
+    assert base.find_all(["x.encoder.lin.weight", "x.proj.weight"]) == {
+        "x.encoder.lin.weight": "encoder.lin.weight",
+        "x.proj.weight": "proj.weight",
+    }
+    for names in (["text.encoder.lin.weight", "vision.encoder.lin.weight"], ["x.encoder.lin.weight", "y.proj.weight"]):
+        with pytest.raises(BaseWeightsError, match="nor all of the adapter's under another prefix"):
+            base.find_all(names)
+    deeper = load_base({"model.a.q.weight": torch.ones(2, 2), "model.b.q.weight": torch.ones(2, 2)})
+    assert deeper.find_all(["a.q.weight", "b.q.weight"]) == {
+        "a.q.weight": "model.a.q.weight",
+        "b.q.weight": "model.b.q.weight",
+    }
+
+
+def test_scaled_eight_bit_weights_are_refused() -> None:
+    for name in ("m.weight_scale_inv", "m.weight_scale"):
+        base = load_base({"m.weight": torch.ones(4, 4), name: torch.ones(1)})
+        with pytest.raises(BaseWeightsError, match=f"{name}' beside it: a quantised base"):
+            base.matrix(Target("m.weight"))
+    with pytest.raises(BaseWeightsError, match="float8_e4m3fn: a quantised base"):
+        load_base({"m.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}).matrix(Target("m.weight"))
+
+
+def test_a_model_with_merged_updates_is_no_base() -> None:
+    from lora_analysis import training
+
+    ours = nn.Sequential(nn.Linear(4, 4))
+    training.inject(ours, ["0"], r=2)
+    assert load_base(ours).matrix(Target("0.weight")).shape == (4, 4)
+    training.merge(ours)
+    with pytest.raises(BaseWeightsError, match="merged updates"):
+        load_base(ours)
+    loralib = pytest.importorskip("loralib")
+    theirs = nn.Sequential(loralib.Linear(4, 4, r=2))
+    load_base(theirs)
+    with pytest.raises(BaseWeightsError, match=r"merges in eval\(\)"):
+        load_base(theirs.eval())
+
+
+def test_components_that_only_contain_a_wrappers_name_are_kept() -> None:
+    base = load_base({"my_base_layer.weight": torch.ones(2, 2)})
+    assert base.find("my_base_layer.weight") == "my_base_layer.weight"

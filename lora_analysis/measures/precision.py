@@ -6,8 +6,7 @@ Conventions
 entry x carries an independent error of rms ``eps · |x|`` (``Update.eps``: 1.66e-3 for bfloat16, 2.07e-4 for
 float16), so the noise depends on how the product is spread over its factors: it is large where big columns
 cancel. Scaling column j of ``up`` by a power of two and row j of ``down`` by its inverse changes neither
-the errors nor any formula here, for ``b_j`` and ``a_j`` only occur in the products ``b_j a_j``; so the
-balanced factors of ``LowRankUpdate.core`` serve as well as the stored ones.
+the errors nor any formula here, for ``b_j`` and ``a_j`` only occur in the products ``b_j a_j``.
 
 Measures
 --------
@@ -149,7 +148,7 @@ def singular_value_sd(svd: Svd, up: Tensor, down: Tensor, *, scale: float, eps: 
         Of the update, k triples.
     up : Tensor, shape (d_out, r)
     down : Tensor, shape (r, d_in)
-        The factors, as stored or balanced.
+        The factors.
     scale : float
         Of the update.
     eps : float

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, svds
+from scipy.sparse.linalg import ArpackError, svds
 from torch import Tensor
 
 from lora_analysis.errors import BaseWeightsError
@@ -266,7 +266,7 @@ def _top_spectrum(tall: Tensor, k: int, norm: float, dtype: torch.dtype, seed: i
     matrix = tall.detach().to("cpu", dtype).numpy()
     try:
         _, _, rows = svds(matrix, k=k, v0=rng.standard_normal(p).astype(matrix.dtype))
-    except ArpackNoConvergence:
+    except ArpackError:
         return None
     basis = torch.linalg.qr(torch.from_numpy(rows.T.astype(np.float64)).to(tall.device)).Q
     probes = torch.from_numpy(rng.choice([-1.0, 1.0], size=(p, _PROBES))).to(tall.device)

@@ -17,6 +17,10 @@ by spaces that say why a value is missing or weak:
     Two neighbouring singular values are closer than that noise, so a cut between them is arbitrary.
 ``beyond-rank``
     i, j or k exceeds the numerical rank: the value is NaN.
+``zero-base``
+    W = 0: its norms are 0, what divides by them is NaN.
+``outside-base``
+    W has no part in the directions of ΔW_k: the amplification factor is infinite.
 ``r>d``
     r exceeds the smaller side of the matrix.
 

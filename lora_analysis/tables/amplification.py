@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -13,14 +14,14 @@ from lora_analysis.adapter import Adapter, Target
 from lora_analysis.base import BaseWeights
 from lora_analysis.errors import BaseWeightsError, UndefinedUpdateError
 from lora_analysis.measures import spectrum
-from lora_analysis.measures.amplification import Amplification, amplification
+from lora_analysis.measures.amplification import Amplification, amplification, projected_null_rms
 from lora_analysis.measures.projection_null import projection_null_draws
 from lora_analysis.measures.weight import WeightSpectrum, projected_weight, weight_spectrum
 from lora_analysis.tables.frames import as_adapters, frame
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.update import with_scale
 
-COLUMNS = ("adapter", "module", "k", *Amplification._fields, "flags")
+COLUMNS = ("adapter", "module", "k", *Amplification._fields, "projected_top_error", "flags")
 _SCALE_BOUND = ("norm_update", "amplification", "amplification_null")
 
 
@@ -53,7 +54,8 @@ def amplification_table(
     Returns
     -------
     DataFrame
-        One row per module and k; the columns are those of ``measures.amplification.Amplification``. At k
+        One row per module and k; the columns are those of ``measures.amplification.Amplification``, and
+        ``projected_top_error``, which ``projected_top`` is within by the residuals of W's decomposition. At k
         everything uses the best rank-k part ΔW_k, so k = r is the paper's figure. Rows with k beyond the
         numerical rank are NaN, flagged ``beyond-rank``; where the scale is unknown, ``norm_update`` and the
         two amplifications are NaN.
@@ -67,19 +69,23 @@ def amplification_table(
     ----------
     Hu et al. 2021, arXiv:2106.09685, section 7.3, table 7 and appendix H.4.
     """
-    if ks is not None and (not ks or min(ks) < 1):
-        raise ValueError(f"ks: expected positive integers, got {list(ks)}.")
+    if ks is not None:
+        ks = [int(k) for k in ks]
+        if not ks or min(ks) < 1:
+            raise ValueError(f"ks: expected positive integers, got {ks}.")
     adapters = as_adapters(adapter)
     users: dict[tuple[Target, tuple[int, int]], list[tuple[int, str]]] = {}
     for number, item in enumerate(adapters):
+        names = base.find_all(module.target.tensor for module in item.modules.values())
         for name, module in item.modules.items():
-            users.setdefault((module.target, module.shape), []).append((number, name))
+            target = replace(module.target, tensor=names[module.target.tensor])
+            users.setdefault((target, module.shape), []).append((number, name))
 
     def rows_of_matrix(item: tuple[tuple[Target, tuple[int, int]], list[tuple[int, str]]]) -> list[dict[str, Any]]:
         (target, shape), modules = item
         weight = base.matrix(target, shape)
         wanted = {(number, name): _ks(adapters[number].modules[name].r, shape, ks) for number, name in modules}
-        most = max(1, *(k for values in wanted.values() for k in values if k <= min(shape)))
+        most = max([1, *(k for values in wanted.values() for k in values if k <= min(shape))])
         try:
             whole = weight_spectrum(weight, most, seed=seed)
             null = projection_null_draws(whole, shape, most, draws=draws, seed=seed) if draws else None
@@ -107,8 +113,8 @@ def amplification_table(
 def _ks(r: int, shape: tuple[int, int], ks: Sequence[int] | None) -> list[int]:
     if ks is not None:
         return sorted(set(ks))
-    most = min(r, *shape)
-    return sorted({2**power for power in range(most.bit_length())} | {most}) if most else []
+    most = max(1, min(r, *shape))  # a module without rank still has its row, which says so
+    return sorted({2**power for power in range(most.bit_length())} | {most})
 
 
 def _rows(
@@ -136,20 +142,37 @@ def _rows(
     figures: dict[int, dict[str, float]] = {}
     if svd is not None and usable:
         top = svd.top(max(usable))
-        found = amplification(projected_weight(weight, top), top.S, whole, module.shape, usable, null_draws=null)
-        columns = {field: getattr(found, field).tolist() for field in Amplification._fields}
+        measured = amplification(projected_weight(weight, top), top.S, whole, module.shape, usable, null_draws=null)
+        columns = {field: getattr(measured, field).tolist() for field in Amplification._fields}
         figures = {k: {field: columns[field][row] for field in columns} for row, k in enumerate(usable)}
-    empty = dict.fromkeys(Amplification._fields, math.nan) | {"norm_base": whole.norm}
     hidden = {} if known else dict.fromkeys(_SCALE_BOUND, math.nan)
-    return [
-        {
-            "_adapter": number,
-            "adapter": adapter.source,
-            "module": name,
-            "k": k,
-            **figures.get(k, empty),
-            **hidden,
-            "flags": " ".join(flags if k in figures else [*flags, "beyond-rank"]),
-        }
-        for k in ks
-    ]
+    rows = []
+    for k in ks:
+        found = figures.get(k) or _without_update(whole, module.shape, k, zero="zero" in flags)
+        words = [*flags, *(["beyond-rank"] if k not in figures else []), *(["zero-base"] if whole.norm == 0 else [])]
+        words += ["outside-base"] * math.isinf(found["amplification"])
+        rows.append(
+            {
+                "_adapter": number,
+                "adapter": adapter.source,
+                "module": name,
+                "k": k,
+                **found,
+                **hidden,
+                # Each value is within the bound of a singular value, and so their root sum of squares.
+                "projected_top_error": math.sqrt(k) * whole.bound,
+                "flags": " ".join(words),
+            }
+        )
+    return rows
+
+
+def _without_update(whole: WeightSpectrum, shape: tuple[int, int], k: int, *, zero: bool) -> dict[str, float]:
+    """The columns that hold without any direction of ΔW to project on."""
+    known = k <= len(whole.S)
+    return dict.fromkeys(Amplification._fields, math.nan) | {
+        "norm_update": 0.0 if zero else math.nan,
+        "norm_base": whole.norm,
+        "projected_top": float(whole.S[:k].norm()) if known else math.nan,
+        "projected_null_rms": projected_null_rms(whole.norm, k, shape) if known else math.nan,
+    }

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow
+from pyarrow import parquet
 
 from lora_analysis.adapter import Adapter
 
 SUFFIXES = (".csv", ".parquet", ".json")
+LIST_COLUMNS = ("singular_values", "noise_floors")
+"""Columns that hold a list of numbers, or nothing."""
 
 
 def as_adapters(adapter: Adapter | Sequence[Adapter]) -> list[Adapter]:
@@ -26,9 +30,9 @@ def as_adapters(adapter: Adapter | Sequence[Adapter]) -> list[Adapter]:
     return adapters
 
 
-def frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    """A frame with exactly these columns, also where there are no rows."""
-    return pd.DataFrame(list(rows), columns=list(columns))
+def frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, counts: Sequence[str] = ()) -> pd.DataFrame:
+    """A frame with exactly these columns, also where there are no rows; ``counts`` are integers or missing."""
+    return pd.DataFrame(list(rows), columns=list(columns)).astype(dict.fromkeys(counts, "Int64"))
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -54,13 +58,22 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
         written = Path(scratch) / path.name
         if path.suffix == ".parquet":
-            table.to_parquet(written, index=False)
+            parquet.write_table(_arrow(table), written)
         elif path.suffix == ".json":
             written.write_text(json.dumps(records(table), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         else:
             _lists_as_json(table).to_csv(written, index=False)
         written.replace(path)
     return path
+
+
+def _arrow(table: pd.DataFrame) -> pyarrow.Table:
+    """The frame with column types that do not depend on whether any value is there."""
+    schema = pyarrow.Schema.from_pandas(table, preserve_index=False)
+    for position, field in enumerate(schema):
+        if field.name in LIST_COLUMNS and pyarrow.types.is_null(field.type):
+            schema = schema.set(position, field.with_type(pyarrow.list_(pyarrow.float64())))
+    return pyarrow.Table.from_pandas(table, schema=schema, preserve_index=False)
 
 
 def _lists_as_json(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,7 @@ through a threaded BLAS (1.3 to 1.9 times on two cores), and torch releases the 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -48,23 +49,49 @@ def over_modules(
     if workers is not None and workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}.")
     count = max(1, min(workers or available_cores(), len(items)))
-    threads = torch.get_num_threads()
-    try:
-        with (
-            threadpool_limits(1),
-            ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        ):
-            results = pool.map(function, items)
-            if not progress:
-                return list(results)
-            from rich.console import Console
-            from rich.progress import track
+    with (
+        _SINGLE_THREADED,
+        ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        results = pool.map(function, items)
+        if not progress:
+            return list(results)
+        from rich.console import Console
+        from rich.progress import track
 
-            bar = track(results, description, total=len(items), console=Console(stderr=True), transient=True)
-            return list(bar)
-    finally:
-        # The workers' setting also reaches MKL's process-wide one.
-        torch.set_num_threads(threads)
+        bar = track(results, description, total=len(items), console=Console(stderr=True), transient=True)
+        return list(bar)
+
+
+class _SingleThreaded:
+    """One BLAS thread while any pool runs; what was there before comes back when the last one ends.
+
+    The settings are the process's, whatever thread makes them, so overlapping pools must share one account.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._threads = 1
+        self._limits: threadpool_limits | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._running == 0:
+                self._threads = torch.get_num_threads()
+                self._limits = threadpool_limits(1)
+            self._running += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._running -= 1
+            if self._running == 0 and self._limits is not None:
+                self._limits.restore_original_limits()
+                # The workers' own setting reaches MKL's, which is one for the process.
+                torch.set_num_threads(self._threads)
+
+
+_SINGLE_THREADED = _SingleThreaded()
 
 
 def available_cores() -> int:

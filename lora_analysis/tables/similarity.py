@@ -25,7 +25,6 @@ from lora_analysis.errors import LoraAnalysisError, UndefinedUpdateError
 from lora_analysis.measures import precision, spectrum
 from lora_analysis.measures.null import SimilarityNull, similarity_null
 from lora_analysis.measures.subspace import subspace_similarity
-from lora_analysis.tables.frames import frame
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.update import LowRankUpdate, Update, factors, with_scale
 
@@ -96,12 +95,13 @@ def similarity_table(
     Raises
     ------
     LoraAnalysisError
-        If the adapters have no module in common, or listed modules no side of one dimension.
+        If there is nothing to compare: no module in common, no side of one dimension.
 
     Warns
     -----
     UserWarning
-        If modules stay out of a comparison by name because one adapter lacks them.
+        If modules stay out of a comparison by name because one adapter lacks them, or pairs because they
+        share no dimension.
 
     References
     ----------
@@ -153,7 +153,11 @@ def similarity_table(
                 f"{pair[0]!r} and {pair[1]!r}: expected modules that share d_in or d_out, they share neither."
             )
         parts += [_part(a, other, pair, target, grid, nulls, draws, seed) for grid in sides]
-    return pd.concat(parts, ignore_index=True) if parts else frame([], COLUMNS)
+    if not parts:
+        raise LoraAnalysisError(f"{a.source}: no two modules share a dimension on a side that {target!r} has.")
+    if apart := sum(not sides for sides in found):
+        warnings.warn(f"{apart} of {len(listed)} pairs share no dimension and have no rows.", stacklevel=2)
+    return pd.concat(parts, ignore_index=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,21 +195,27 @@ def _subspaces(adapter: Adapter, name: str, target: Which) -> _Subspaces:
         update = with_scale(update, 1.0)
     try:
         bases, S, floors = _decomposed(update, target)
+        rank = spectrum.numerical_rank(S, module.shape)
+        flags += ["zero"] * (rank == 0)
     except UndefinedUpdateError:
-        k = min(module.r, *module.shape)
-        dims = {"in": module.shape[1], "out": module.shape[0]}
-        sides = {"update": ("in", "out"), "A": ("in",), "B": ("out",)}[target]
-        bases = {side: torch.full((dims[side], k), math.nan, dtype=torch.float64) for side in sides}
-        nothing = np.zeros(k, dtype=bool)
-        return _Subspaces(bases, 0, nothing, nothing, (*flags, "nonfinite"))
-    rank = spectrum.numerical_rank(S, module.shape)
+        rank = 0
+        flags.append("nonfinite")
     if rank == 0:
-        flags.append("zero")
+        return _no_subspaces(module.shape, min(module.r, *module.shape), target, flags)
     gaps = S - torch.cat([S[1:], S.new_zeros(1)])[: len(S)]
-    tie = _TIE * float(S.max()) if len(S) else 0.0
-    undetermined = gaps <= torch.clamp(precision.RESOLVED * floors, min=tie)
+    undetermined = gaps <= torch.clamp(precision.RESOLVED * floors, min=_TIE * float(S.max()))
     noisy = precision.RESOLVED * floors > S
-    return _Subspaces(bases, rank, undetermined.numpy(), noisy.numpy(), tuple(flags))
+    return _Subspaces(bases, rank, undetermined.cpu().numpy(), noisy.cpu().numpy(), tuple(flags))
+
+
+def _no_subspaces(shape: tuple[int, int], k: int, target: Which, flags: list[str]) -> _Subspaces:
+    """Bases of NaN, one column at least, so that a module without directions still has its flagged rows."""
+    columns = max(k, 1)
+    d_out, d_in = shape
+    sides = {"update": {"in": d_in, "out": d_out}, "A": {"in": d_in}, "B": {"out": d_out}}[target]
+    bases = {side: torch.full((d, columns), math.nan, dtype=torch.float64) for side, d in sides.items()}
+    nothing = np.zeros(columns, dtype=bool)
+    return _Subspaces(bases, 0, nothing, nothing, tuple(flags))
 
 
 def _decomposed(update: Update, target: Which) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -233,13 +243,13 @@ def _grids(a: _Subspaces, b: _Subspaces, cells: str) -> list[_Grid]:
     for side, basis_a in a.bases.items():
         basis_b = b.bases[side]
         m, n = basis_a.shape[1], basis_b.shape[1]
-        if basis_a.shape[0] != basis_b.shape[0] or m == 0 or n == 0:
+        if basis_a.shape[0] != basis_b.shape[0]:
             continue
         i, j = _cells(m, n, cells)
         beyond = (i > a.rank) | (j > b.rank)
         phi = np.full(len(i), math.nan)
         if a.rank and b.rank:
-            grid = subspace_similarity(basis_a[:, : a.rank], basis_b[:, : b.rank]).numpy()
+            grid = subspace_similarity(basis_a[:, : a.rank], basis_b[:, : b.rank]).cpu().numpy()
             phi[~beyond] = grid[i[~beyond] - 1, j[~beyond] - 1]
         words = {
             "beyond-rank": beyond,
@@ -307,7 +317,14 @@ def _module_pairs(
     if pairs is None:
         pairs = "all" if b is None else "same"
     if pairs == "all":
-        return list(itertools.combinations(a, 2)) if b is None else list(itertools.product(a, b))
+        found = list(itertools.combinations(a, 2)) if b is None else list(itertools.product(a, b))
+        if not found:
+            raise LoraAnalysisError(
+                f"{a.source}: expected two modules or more to compare, got {len(a)}."
+                if b is None
+                else f"{a.source} and {b.source}: expected modules in both, got {len(a)} and {len(b)}."
+            )
+        return found
     if pairs == "same":
         if b is None:
             raise ValueError("pairs: expected 'all' or a list for one adapter; a module is always like itself.")

@@ -41,6 +41,7 @@ COLUMNS = (
     "noise_floors",
     "flags",
 )
+_COUNTS = ("numerical_rank", "k90", "k95", "k99", "resolved_rank")
 
 
 def spectrum_table(
@@ -71,7 +72,7 @@ def spectrum_table(
     rows = over_modules(
         lambda item: _row(*item), items, workers=workers, progress=progress, description="Singular values"
     )
-    return frame(rows, COLUMNS)
+    return frame(rows, COLUMNS, counts=_COUNTS)
 
 
 def _row(adapter: Adapter, name: str) -> dict[str, Any]:

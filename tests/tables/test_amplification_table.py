@@ -134,3 +134,39 @@ def test_a_base_that_does_not_fit_is_named():
         la.amplification_table(adapter, la.load_base({"m.weight": torch.full((8, 6), math.nan)}))
     with pytest.raises(ValueError, match="ks: expected positive integers"):
         la.amplification_table(adapter, la.load_base({"m.weight": torch.ones(8, 6)}), ks=[0])
+
+
+def test_a_module_without_rank_and_ks_beyond_every_module_have_flagged_rows():
+    base = la.load_base({"m.weight": torch.eye(8)})
+    empty = la.Adapter({"m": la.LowRankUpdate(torch.zeros(8, 0), torch.zeros(0, 8), 1.0)})
+    table = la.amplification_table(empty, base)
+    assert table[["k", "flags", "norm_update"]].to_numpy().tolist() == [[1, "zero beyond-rank", 0.0]]
+    table = la.amplification_table(la.Adapter({"m": random_update(8, 8, 2)}), base, ks=np.array([100]))
+    assert table["flags"].tolist() == ["beyond-rank"]
+    assert table["gain"].isna().all()
+
+
+def test_a_zero_base_and_an_update_outside_it_are_flagged():
+    weight = torch.zeros(4, 4)
+    update = la.LowRankUpdate(torch.eye(4, 1), torch.eye(1, 4), 2.0)
+    row = la.amplification_table(la.Adapter({"m": update}), la.load_base({"m.weight": weight})).iloc[0]
+    assert row["flags"] == "zero-base"
+    assert row["norm_base"] == 0
+    assert math.isnan(row["amplification"])
+    weight[3, 3] = 1.0
+    row = la.amplification_table(la.Adapter({"m": update}), la.load_base({"m.weight": weight})).iloc[0]
+    assert row["flags"] == "outside-base"
+    assert row["amplification"] == math.inf
+    assert row["gain"] == 0
+
+
+def test_the_error_of_the_ceiling_is_given_and_holds():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1200, 1100, generator=generator) * torch.arange(1, 1101) ** -0.5
+    table = la.amplification_table(
+        la.Adapter({"m": random_update(1200, 1100, 4)}), la.load_base({"m.weight": weight}), ks=[4], draws=0
+    )
+    exact = np.linalg.norm(np.linalg.svd(weight.double().numpy(), compute_uv=False)[:4])
+    assert abs(table["projected_top"][0] - exact) <= table["projected_top_error"][0] + 1e-12
+    assert table["projected_top_error"][0] < 1e-5 * exact
+    assert math.isnan(table["p"][0])

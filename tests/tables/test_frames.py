@@ -45,3 +45,16 @@ def test_other_suffixes_are_refused_and_nothing_is_left_behind(table, tmp_path):
     with pytest.raises(ValueError, match=r"expected a name ending in \.csv"):
         la.write_table(table, tmp_path / "t.xlsx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_columns_of_a_file_have_one_type_whatever_is_missing(table, tmp_path):
+    from pyarrow import parquet
+
+    up = torch.full((4, 2), math.nan)
+    missing = la.spectrum_table(la.Adapter({"m": la.LowRankUpdate(up, torch.eye(2, 3), 1.0)}))
+    for name, frame in (("full", table), ("missing", missing), ("empty", la.spectrum_table(la.Adapter({})))):
+        la.write_table(frame, tmp_path / f"{name}.parquet")
+    full, none, empty = (parquet.read_schema(tmp_path / f"{n}.parquet") for n in ("full", "missing", "empty"))
+    for column in ("numerical_rank", "k90", "resolved_rank", "singular_values", "noise_floors", "norm"):
+        assert full.field(column).type == none.field(column).type, column
+    assert empty.names == full.names

@@ -85,7 +85,8 @@ def test_the_gauge_changes_A_but_not_the_update():
 
 def test_layers_of_one_adapter_are_each_compared_once():
     adapter = la.Adapter({"x": random_update(30, 20, 2), "y": random_update(30, 20, 3), "z": random_update(20, 30, 2)})
-    table = la.similarity_table(adapter)
+    with pytest.warns(UserWarning, match="2 of 3 pairs share no dimension"):
+        table = la.similarity_table(adapter)
     pairs = table[["module_a", "module_b", "side"]].drop_duplicates()
     # x and y share both dimensions, z shares none with them: its d_in is their d_out, another space.
     assert sorted(map(tuple, pairs.to_numpy())) == [("x", "y", "in"), ("x", "y", "out")]
@@ -184,3 +185,21 @@ def test_dense_updates_compare_with_low_rank_ones():
         table = la.similarity_table(dense, la.Adapter({"m": update}))
     same = table[(table["i"] == table["j"]) & (table["i"] <= 2)]
     np.testing.assert_allclose(same["phi"], 1.0, rtol=1e-9)
+
+
+def test_a_module_without_rank_keeps_its_rows():
+    empty = la.LowRankUpdate(torch.zeros(8, 0), torch.zeros(0, 8), 1.0)
+    table = la.similarity_table(la.Adapter({"m": empty}), la.Adapter({"m": random_update(8, 8, 2)}))
+    assert set(table["side"]) == {"in", "out"}
+    assert table["phi"].isna().all()
+    assert table["flags"].str.contains("zero beyond-rank").all()
+
+
+def test_nothing_to_compare_is_an_error():
+    one = la.Adapter({"m": random_update(8, 8, 2)})
+    with pytest.raises(la.LoraAnalysisError, match="two modules or more"):
+        la.similarity_table(one)
+    with pytest.raises(la.LoraAnalysisError, match="no two modules share a dimension"):
+        la.similarity_table(one, la.Adapter({"x": random_update(5, 5, 2)}), pairs="all")
+    with pytest.raises(la.LoraAnalysisError, match="expected modules in both"):
+        la.similarity_table(one, la.Adapter({}), pairs="all")

@@ -121,3 +121,16 @@ def test_several_adapters_make_one_table_in_their_order():
     assert la.spectrum_table([b, a])["adapter"].tolist() == ["run2", "run1"]
     with pytest.raises(TypeError, match="expected an Adapter"):
         la.spectrum_table(["not an adapter"])
+
+
+def test_overlapping_tables_leave_the_number_of_threads_as_it_was():
+    import threading
+
+    adapter = la.Adapter({f"m{i}": random_update(200, 200, 16, seed=i) for i in range(40)})
+    before = torch.get_num_threads()
+    callers = [threading.Thread(target=la.spectrum_table, args=(adapter,)) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert torch.get_num_threads() == before
