@@ -285,8 +285,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def _load_torch(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
-            # torch warns about pickle protocols that its restricted reader then refuses or reads anyway.
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            # torch warns about pickle protocols that its restricted reader then refuses or reads anyway, and about
+            # its own use of deprecated storages for the quantised tensors that are refused below.
+            for message in ("Detected pickle protocol", "TypedStorage is deprecated", "torch.quantize_per_tensor"):
+                warnings.filterwarnings("ignore", message, UserWarning)
             loaded = _torch_load(path)
     except pickle.UnpicklingError as error:
         if "GLOBAL" not in str(error):
@@ -311,18 +313,39 @@ def _torch_load(path: Path) -> object:
 
 def _named_tensors(path: Path, loaded: object, levels: int = 4) -> dict[str, Tensor]:
     """The tensors of a state dict, which may lie some levels deep (a pickled dict can hold itself)."""
+    if isinstance(loaded, list) and loaded and all(isinstance(value, Tensor) for value in loaded):
+        raise CheckpointError(
+            f"{path}: expected a mapping of names to tensors, got a list: a bare list of tensors, as cloneofsimo's "
+            "LoRA writes, which is not read yet."
+        )
     if isinstance(loaded, Mapping):
         tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
         # Trainers keep scores and counters as tensors beside the state dict; those have no dimensions.
         if any(tensor.ndim for tensor in tensors.values()) and all(isinstance(name, str) for name in tensors):
+            _require_dense(path, tensors)
             return tensors
         for key in _NESTED_KEYS:
             if levels > 0 and isinstance(loaded.get(key), Mapping):
                 return _named_tensors(path, loaded[key], levels - 1)
         if all(isinstance(name, str) for name in tensors) and (tensors or not loaded):
+            _require_dense(path, tensors)
             return tensors
     found = f"a {type(loaded).__name__}" + (" without named tensors" if isinstance(loaded, Mapping) else "")
     raise CheckpointError(f"{path}: expected a mapping of names to tensors, got {found}.")
+
+
+def _require_dense(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        odd = {
+            "nested": tensor.is_nested,
+            "quantised": tensor.is_quantized,
+            "without data, on device 'meta'": tensor.is_meta,
+            f"of layout {tensor.layout}": tensor.layout is not torch.strided,
+        }
+        if kind := next((kind for kind, applies in odd.items() if applies), None):
+            raise CheckpointError(
+                f"{path}: {name!r}: expected dense (strided) tensors, got one {kind}. Save it with ordinary tensors."
+            )
 
 
 def _looks_like_torch(path: Path) -> bool:

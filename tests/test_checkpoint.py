@@ -426,18 +426,38 @@ def test_the_code_a_pickle_asks_for_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ([torch.ones(2), torch.ones(2)], "a list"),
+        ([torch.ones(2), torch.ones(2)], "a list: a bare list of tensors, as cloneofsimo's LoRA writes"),
+        ([torch.ones(2), 3], r"a list\."),
         (torch.ones(2), "a Tensor"),
         ({0: torch.ones(2)}, "a dict without named tensors"),
         ({"epoch": 3}, "a dict without named tensors"),
         ({"model": [torch.ones(2)]}, "a dict without named tensors"),
         (3, "a int"),
     ],
-    ids=["list", "tensor", "numbered", "settings", "nested list", "number"],
+    ids=["list", "mixed list", "tensor", "numbered", "settings", "nested list", "number"],
 )
 def test_a_torch_file_without_named_tensors_is_refused(tmp_path: Path, content: object, found: str) -> None:
     torch.save(content, tmp_path / "model.pt")
     one_line(tmp_path / "model.pt", f"expected a mapping of names to tensors, got {found}")
+
+
+ODD: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "sparse": (lambda: torch.eye(3).to_sparse(), "of layout torch.sparse_coo"),
+    "meta": (lambda: torch.empty(3, 3, device="meta"), "without data, on device 'meta'"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
+    "quantised": (lambda: torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8), "quantised"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("wrap", [dict, lambda tensors: {"state_dict": tensors}], ids=["flat", "nested dict"])
+@pytest.mark.filterwarnings("ignore:.*(nested tensors is in prototype|[Qq]uantiz).*:UserWarning")
+def test_tensors_that_are_not_dense_are_refused_by_name(
+    tmp_path: Path, kind: str, wrap: Callable[[dict[str, Tensor]], object]
+) -> None:
+    make, said = ODD[kind]
+    torch.save(wrap({"fine": torch.ones(2, 2), "odd\n": make()}), tmp_path / "model.bin")
+    one_line(tmp_path / "model.bin", rf"'odd\\n': expected dense \(strided\) tensors, got one {said}")
 
 
 def damaged(content: bytes, seed: int) -> bytes:

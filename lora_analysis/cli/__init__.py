@@ -1,13 +1,25 @@
 """The command line: one file per command, each an option list, a table and a way to print it.
 
-Exit codes: 0 fine; 1 a named error, in one line on stderr; 2 wrong usage.
+Exit codes, each but the first with a line on stderr and never a traceback:
+
+0
+    Fine, also where the reader of our output, such as ``head``, has gone before its end.
+1
+    A named error of this package, a file that cannot be read or written, or not enough memory.
+2
+    Wrong usage. Options are checked where they are parsed; a ``ValueError`` of a function that they are
+    handed to counts as such too.
+
+Anything else, a ``TypeError`` above all, is a bug of ours: its traceback is shown.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
+import torch
 import typer
 
 from lora_analysis.cli.amplify import amplify
@@ -32,20 +44,46 @@ for command in (inspect, spectrum, compare, layers, amplify, demo):
 
 
 def main() -> None:
-    """Run the command line; the package's own errors become one line and an exit code."""
+    """Run the command line; errors that are no bugs become one line and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A pipe on Windows, say, that cannot hold φ shows ? in its place; stderr has escapes by default.
+        sys.stdout.reconfigure(errors="replace")
+    status = 0
+    try:
+        status = _status()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left unwritten would be tried again, and complained about, when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    raise SystemExit(status)
+
+
+def _status() -> int:
     try:
         app()
-    except LoraAnalysisError as error:
-        _fail(error, 1)
+    except SystemExit as end:
+        # Typer makes an exit code 1 of a pipe without reader, which is no error here.
+        if isinstance(end.__context__, BrokenPipeError):
+            raise end.__context__ from None
+        return end.code if isinstance(end.code, int) else 0
     except BrokenPipeError:
-        # The reader of our output, such as head, has gone: nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError) as error:
-        _fail(error, 2)
-    except OSError as error:
-        _fail(error, 1)
+        raise
+    except (LoraAnalysisError, OSError) as error:
+        return _failed(str(error), 1)
+    except ValueError as error:
+        return _failed(str(error), 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _failed(f"out of memory. {error}", 1)
+    return 0
 
 
-def _fail(error: Exception, code: int) -> None:
-    print(f"lora-analysis: {plain_text(' '.join(str(error).split()))}", file=sys.stderr)
-    raise SystemExit(code) from None
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: on a CPU torch says so in words only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _failed(message: str, code: int) -> int:
+    print(f"lora-analysis: {plain_text(' '.join(message.split()))}", file=sys.stderr)
+    return code

@@ -9,21 +9,29 @@ import typer
 
 from lora_analysis.base import load_base
 from lora_analysis.cli import options
-from lora_analysis.cli.output import deliver, explain, number, print_table, probability, report_notes, share
+from lora_analysis.cli.output import (
+    deliver,
+    explain,
+    number,
+    print_source,
+    print_table,
+    probability,
+    report_notes,
+    share,
+)
 from lora_analysis.tables import amplification_table
 
 
 def amplify(
     adapters: options.Adapters,
     base: Annotated[str, typer.Option(help="Base model: a file, a sharded directory, or an index of shards.")],
-    ks: Annotated[
-        str | None, typer.Option(help="Truncations, such as 1,4,8; powers of two up to r, and r, by default.")
-    ] = None,
+    ks: options.Ks = None,
     draws: options.Draws = 999,
     seed: options.Seed = 0,
     format: options.Format = None,
     alpha: options.Alpha = None,
     split: options.Split = None,
+    name: options.Name = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     out: options.Out = None,
@@ -33,13 +41,14 @@ def amplify(
 
     Example: lora-analysis amplify runs/r8 --base model.safetensors --ks 1,8
     """
-    options.check_out(out)
     weights = load_base(base, device=device)
-    opened = options.open_adapters(adapters, format=format, alpha=alpha, base=weights, split=split, device=device)
+    opened = options.open_adapters(
+        adapters, format=format, alpha=alpha, base=weights, split=split, name=name, device=device
+    )
     table = amplification_table(
         opened,
         weights,
-        None if ks is None else _integers(ks),
+        options.integers(ks),
         draws=draws,
         seed=seed,
         workers=workers,
@@ -50,7 +59,7 @@ def amplify(
         return
     for source, rows in table.groupby("adapter", sort=False):
         if len(opened) > 1:
-            print(f"\n{source}")
+            print_source(source)
         print_table(
             rows,
             [
@@ -70,10 +79,3 @@ def amplify(
         "gain = ‖UᵀWV‖ / random is the number to read. factor = ‖ΔW‖ / ‖UᵀWV‖ falls with k by itself, and random "
         "directions have a larger one. ceiling = ‖UᵀWV‖ / top."
     )
-
-
-def _integers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--ks: expected integers such as 1,4,8, got {text!r}.") from None

@@ -22,10 +22,6 @@ Which = Annotated[
 Cells = Annotated[
     Literal["landmarks", "all"], typer.Option(help="(1,1), (1,r'), (r,1), (r,r') and the diagonal; or all i, j.")
 ]
-Pairs = Annotated[
-    list[str] | None,
-    typer.Option(help="'same' names, 'all' against all, or MODULE_A=MODULE_B, which may be repeated."),
-]
 _SHOWN = 60
 
 
@@ -33,7 +29,7 @@ def compare(
     adapter_a: Annotated[str, typer.Argument(metavar="A", help="An adapter.")],
     adapter_b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
     target: Which = "update",
-    pairs: Pairs = None,
+    pairs: options.Pairs = None,
     cells: Cells = "landmarks",
     draws: options.Draws = 2000,
     seed: options.Seed = 0,
@@ -41,6 +37,7 @@ def compare(
     alpha: options.Alpha = None,
     base: options.Base = None,
     split: options.Split = None,
+    name: options.Name = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     out: options.Out = None,
@@ -50,13 +47,13 @@ def compare(
 
     Example: lora-analysis compare runs/r8 runs/r64 --target A --cells all --out phi.parquet
     """
-    options.check_out(out)
     opened = options.open_adapters(
         [adapter_a, adapter_b],
         format=format,
         alpha=alpha,
         base=options.open_base(base, device),
         split=split,
+        name=name,
         device=device,
     )
     _compare(opened, pairs, out, as_json, target=target, cells=cells, draws=draws, seed=seed, workers=workers)
@@ -65,7 +62,7 @@ def compare(
 def layers(
     adapter: options.OneAdapter,
     target: Which = "update",
-    pairs: Pairs = None,
+    pairs: options.Pairs = None,
     cells: Cells = "landmarks",
     draws: options.Draws = 2000,
     seed: options.Seed = 0,
@@ -73,6 +70,7 @@ def layers(
     alpha: options.Alpha = None,
     base: options.Base = None,
     split: options.Split = None,
+    name: options.Name = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     out: options.Out = None,
@@ -82,9 +80,18 @@ def layers(
 
     Example: lora-analysis layers runs/r8 --pairs encoder.layer.0.query=encoder.layer.1.query
     """
-    options.check_out(out)
+    if options.module_pairs(pairs) == "same":
+        raise typer.BadParameter(
+            "expected 'all' or MODULE_A=MODULE_B, got 'same': a module is always like itself.", param_hint="--pairs"
+        )
     opened = options.open_adapters(
-        [adapter], format=format, alpha=alpha, base=options.open_base(base, device), split=split, device=device
+        [adapter],
+        format=format,
+        alpha=alpha,
+        base=options.open_base(base, device),
+        split=split,
+        name=name,
+        device=device,
     )
     _compare(opened, pairs, out, as_json, target=target, cells=cells, draws=draws, seed=seed, workers=workers)
 
@@ -92,25 +99,13 @@ def layers(
 def _compare(adapters: list[Adapter], pairs: list[str] | None, out: Path | None, as_json: bool, **choices: Any) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        table = similarity_table(*adapters, pairs=_parsed(pairs), progress=sys.stderr.isatty(), **choices)
+        table = similarity_table(*adapters, pairs=options.module_pairs(pairs), progress=sys.stderr.isatty(), **choices)
     for warning in caught:
         say(f"note: {warning.message}")
     report_notes(adapters)
     if deliver(table, out=out, as_json=as_json):
         return
     _print(table)
-
-
-def _parsed(pairs: list[str] | None) -> Any:
-    if pairs is None:
-        return None
-    if len(pairs) == 1 and pairs[0] in ("same", "all"):
-        return pairs[0]
-    split = [tuple(pair.split("=")) for pair in pairs]
-    for pair in split:
-        if len(pair) != 2 or not all(pair):
-            raise ValueError(f"--pairs: expected 'same', 'all' or MODULE_A=MODULE_B, got {'='.join(pair)!r}.")
-    return split
 
 
 def _print(table: pd.DataFrame) -> None:

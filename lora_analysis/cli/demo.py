@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lora_analysis.errors import LoraAnalysisError
+
 
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Three adapters of 25 steps, in under two minutes.")] = False,
@@ -16,6 +18,17 @@ def demo(
 
     Example: lora-analysis demo --quick --out /tmp/demo
     """
+    # What can fail for reasons outside fails here, before ten seconds of reading docstrings.
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{out}: expected a directory, got a file. Pass another --out.") from None
     from lora_analysis.study.demo import run_demo
+    from lora_analysis.study.minilm import load_minilm
+
+    try:
+        load_minilm()
+    except ImportError as error:
+        raise LoraAnalysisError(str(error)) from error
 
     run_demo(out, quick=quick)

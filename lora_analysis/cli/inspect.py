@@ -18,6 +18,7 @@ def inspect(
     alpha: options.Alpha = None,
     base: options.Base = None,
     split: options.Split = None,
+    name: options.Name = None,
     device: options.Device = "cpu",
     as_json: options.AsJson = False,
 ) -> None:
@@ -27,7 +28,7 @@ def inspect(
     """
     opened_base = options.open_base(base, device)
     (opened,) = options.open_adapters(
-        [adapter], format=format, alpha=alpha, base=opened_base, split=split, device=device
+        [adapter], format=format, alpha=alpha, base=opened_base, split=split, name=name, device=device
     )
     table = inspect_table(opened).drop(columns="adapter")
     if as_json:

@@ -17,13 +17,13 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lora_analysis.adapter import Adapter
+from lora_analysis.cli.layout import Kind, laid_out
 from lora_analysis.tables.frames import records, write_table
 
-_NAME_WIDTH = 26
+_TEXT = {"side", "scale_source"}
 _HIDDEN_CATEGORIES = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
 
 Column = tuple[str, str, Callable[[Any], str]]
@@ -74,6 +74,11 @@ def deliver(table: pd.DataFrame, *, out: Path | None, as_json: bool) -> bool:
     return out is not None or as_json
 
 
+def print_source(source: object) -> None:
+    """Which adapter the next table is of, where there are several."""
+    print(f"\n{plain_text(str(source))}")
+
+
 def explain(text: str) -> None:
     """How to read the table above, after a blank line."""
     print(f"\n{textwrap.fill(text, 80, break_on_hyphens=False)}")
@@ -91,44 +96,26 @@ def report_notes(adapters: Sequence[Adapter]) -> None:
 
 
 def print_table(table: pd.DataFrame, columns: Sequence[Column], *, limit: int | None = None) -> None:
-    """Print a frame at up to 80 columns, module names shortened and the rule stated above the table."""
+    """Print a frame at 80 columns, or the terminal's, with what shortened module names stand for above it."""
     shown = table if limit is None else table.head(limit)
-    names = [column for column, _, _ in columns if column.startswith("module")]
-    shortened = _shortened([str(name) for column in names for name in shown[column]])
-    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False, soft_wrap=False)
-    example = next(((name, short) for name, short in shortened.items() if name != short), None)
-    if example:
-        console.print(Text(plain_text(f"{example[1]} is {example[0]}"), style="dim"), soft_wrap=True)
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column, heading, _ in columns:
-        numeric = column not in {*names, "flags", "side", "scale_source", "adapter"}
-        grid.add_column(heading, justify="right" if numeric else "left", no_wrap=column != "flags", overflow="fold")
-    for row in shown.to_dict("records"):
-        cells = (shortened[row[c]] if c in names else write(row[c]) for c, _, write in columns)
-        grid.add_row(*(Text(plain_text(cell)) for cell in cells))
-    console.print(grid)
+    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
+    rows = [[plain_text(write(row[column])) for column, _, write in columns] for row in shown.to_dict("records")]
+    page = laid_out(
+        [heading for _, heading, _ in columns], rows, [_kind(name) for name, _, _ in columns], console.width
+    )
+    for line, style in [
+        *((line, "dim") for line in page.legend),
+        (page.heading, "bold"),
+        *((line, "") for line in page.lines),
+    ]:
+        console.print(Text(line, style=style), soft_wrap=True)
     if len(shown) < len(table):
         say(f"{len(table) - len(shown):,} more rows; --out FILE writes them all.")
 
 
-def _shortened(names: Sequence[str]) -> dict[str, str]:
-    """Names without the components that all of them share, if they are long."""
-    distinct = list(dict.fromkeys(names))
-    if not distinct or max(map(len, distinct)) <= _NAME_WIDTH:
-        return {name: name for name in distinct}
-    parts = {name: name.split(".") for name in distinct}
-    common = set.intersection(*(set(components) for components in parts.values())) if len(distinct) > 1 else set()
-    short = {name: _elided(components, common) for name, components in parts.items()}
-    return short if len(set(short.values())) == len(distinct) else {name: name for name in distinct}
-
-
-def _elided(components: Sequence[str], common: set[str]) -> str:
-    kept: list[str] = []
-    for component in components:
-        if component not in common:
-            kept.append(component)
-        elif kept and kept[-1] != "…":
-            kept.append("…")
-    while kept and kept[-1] == "…":
-        kept.pop()
-    return ".".join(kept).replace(".….", "…") or ".".join(components)
+def _kind(column: str) -> Kind:
+    if column.startswith("module"):
+        return "name"
+    if column == "flags":
+        return "flags"
+    return "text" if column in _TEXT else "number"

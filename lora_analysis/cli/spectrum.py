@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from lora_analysis.cli import options
-from lora_analysis.cli.output import deliver, explain, number, print_table, report_notes
+from lora_analysis.cli.output import deliver, explain, number, print_source, print_table, report_notes
 from lora_analysis.tables import spectrum_table
 
 
@@ -15,6 +15,7 @@ def spectrum(
     alpha: options.Alpha = None,
     base: options.Base = None,
     split: options.Split = None,
+    name: options.Name = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     out: options.Out = None,
@@ -24,9 +25,14 @@ def spectrum(
 
     Example: lora-analysis spectrum runs/r8 runs/r64 --out spectrum.parquet
     """
-    options.check_out(out)
     opened = options.open_adapters(
-        adapters, format=format, alpha=alpha, base=options.open_base(base, device), split=split, device=device
+        adapters,
+        format=format,
+        alpha=alpha,
+        base=options.open_base(base, device),
+        split=split,
+        name=name,
+        device=device,
     )
     table = spectrum_table(opened, workers=workers, progress=sys.stderr.isatty())
     report_notes(opened)
@@ -34,7 +40,7 @@ def spectrum(
         return
     for source, rows in table.groupby("adapter", sort=False):
         if len(opened) > 1:
-            print(f"\n{source}")
+            print_source(source)
         print_table(
             rows,
             [

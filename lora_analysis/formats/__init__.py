@@ -83,6 +83,7 @@ def load_adapter(
     if format is not None and format not in formats:
         raise ValueError(f"format: expected one of {', '.join(formats)}, got {format!r}.")
     path = Path(source)
+    _require_present(os.fspath(source), path)
     by_folder = name is not None and (path / name / _CONFIG).is_file()
     weights, config_file = _files(path / str(name) if by_folder else path)
     try:
@@ -105,7 +106,9 @@ def load_adapter(
             f"{path}: expected LoRA factors, found none among its {len(checkpoint)} tensors (read as {chosen.NAME!r})."
         )
     _require_floating(contents, checkpoint, str(path))
-    contents = replace(contents, modules=dict(sorted(contents.modules.items(), key=lambda item: _natural(item[0]))))
+    # By the base's modules; blocks of one weight stay in the reader's order, q before k.
+    ordered = sorted(contents.modules.items(), key=lambda item: _natural(item[1].target.tensor.removesuffix(".weight")))
+    contents = replace(contents, modules=dict(ordered))
     arguments = {
         "format": format,
         "alpha": alpha,
@@ -157,8 +160,15 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str], *, format:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """A key that sorts layer 2 before layer 10.
+
+    Numbers are compared by length, then as text: names of a file may hold more digits than ``int`` accepts.
+    """
+    key = []
+    for i, part in enumerate(re.split(r"([0-9]+)", name)):
+        digits = part.lstrip("0")
+        key.append((len(digits), digits) if i % 2 else (-1, part))
+    return key
 
 
 def _require_floating(contents: Contents, checkpoint: Checkpoint, where: str) -> None:
@@ -174,13 +184,24 @@ def _reopened(source: str, arguments: dict[str, Any]) -> Adapter:
     return load_adapter(source, **arguments)
 
 
+def _require_present(source: str, path: Path) -> None:
+    try:
+        present = path.exists()
+    except OSError:  # a name too long to be one, as signed URLs are
+        present = False
+    if not present:
+        remote = re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|[\w-][\w.-]*/[\w.-]+\Z", source)
+        hint = "; hub ids and URLs are not read yet" if remote else ""
+        raise AdapterFormatError(f"{source}: no such file or directory{hint}.")
+
+
 def _files(path: Path) -> tuple[Path, Path | None]:
     """The file of tensors and, if there is one, the configuration beside it."""
     if path.is_file():
         config = path.parent / _CONFIG
         return path, config if path.name in _WEIGHTS and config.is_file() else None
     if not path.is_dir():
-        raise AdapterFormatError(f"{path}: no such file or directory.")
+        raise AdapterFormatError(f"{path}: expected a file or a directory.")
     config = path / _CONFIG
     for weights in _WEIGHTS:
         if (path / weights).is_file():

@@ -23,16 +23,17 @@ from typing import Any
 
 import torch
 
-from lora_analysis.adapter import Contents, Module, ScaleSource, Target, Unused
+from lora_analysis.adapter import Contents, Module, ScaleSource, Target
 from lora_analysis.base import BaseWeights
-from lora_analysis.checkpoint import Checkpoint, nbytes
+from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
+from lora_analysis.formats.ledger import unused_tensors
 from lora_analysis.formats.options import ReadOptions, Slots, parse_split
 from lora_analysis.update import LowRankUpdate
 
 NAME = "loralib"
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])$")
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\Z", re.DOTALL)
 
 
 def matches(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
@@ -49,14 +50,20 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
     keys = sorted(name for name in checkpoint if _FACTOR.match(name))
     modules: dict[str, Module] = {}
     used: set[str] = set()
-    for stem in dict.fromkeys(key.rsplit(".", 1)[0] for key in keys):
+    stems = dict.fromkeys(key.rsplit(".", 1)[0] for key in keys)
+    for stem in stems:
         key_a, key_b = f"{stem}.lora_A", f"{stem}.lora_B"
         for key in (key_a, key_b):
             if key not in checkpoint:
                 raise AdapterFormatError(f"{where}: {stem!r}: expected lora_A and lora_B, {key!r} is missing.")
         modules |= _blocks(checkpoint, stem, stem.removeprefix(prefix), options)
         used |= {key_a, key_b} | ({f"{stem}.lora_ind"} & set(checkpoint))
-    unused = tuple(Unused(key, _reason(key), nbytes(checkpoint, key)) for key in checkpoint if key not in used)
+    if modules and options.split is not None and all(module.target.rows is None for module in modules.values()):
+        raise AdapterFormatError(
+            f"{where}: split= names slots, but no module of the file is a MergedLinear. Leave split= out."
+        )
+    full = "a full tensor trained beside LoRA, no part of any update"
+    unused = unused_tensors(checkpoint, used, stems, _reason, otherwise=full, where=where)
     notes = (
         ()
         if options.alpha is not None
@@ -72,6 +79,7 @@ def _blocks(checkpoint: Checkpoint, stem: str, module: str, options: ReadOptions
     """The update of a Linear, or of each enabled slot of a MergedLinear."""
     where = options.where
     shape_a, shape_b = checkpoint.shape(f"{stem}.lora_A"), checkpoint.shape(f"{stem}.lora_B")
+    _require_orientation(checkpoint, stem, module, options)
     if len(shape_a) != 2 or len(shape_b) != 2 or 0 in (shape_a[0], shape_b[1]) or shape_a[0] % shape_b[1]:
         raise AdapterFormatError(
             f"{where}: {module!r}: expected lora_A (r, d_in) and lora_B (d_out, r), or a MergedLinear's "
@@ -112,6 +120,27 @@ def _blocks(checkpoint: Checkpoint, stem: str, module: str, options: ReadOptions
         )
         for block, (name, slot) in enumerate(zip(slots.names, slots.indices, strict=True))
     }
+
+
+def _require_orientation(checkpoint: Checkpoint, stem: str, module: str, options: ReadOptions) -> None:
+    """Refuse the factors of ``x @ A @ B``, A (d_in, r) and B (r, d_out), which can pass for loralib's with r = d_out.
+
+    Shapes alone tell where r would be more than the sides of ΔW; a base that fits loralib's reading outweighs them.
+    """
+    shape_a, shape_b = checkpoint.shape(f"{stem}.lora_A"), checkpoint.shape(f"{stem}.lora_B")
+    if len(shape_a) != 2 or len(shape_b) != 2 or 0 in shape_a + shape_b or shape_a[1] != shape_b[0]:
+        return
+    possible = shape_a[0] % shape_b[1] == 0 and shape_b[0] % (shape_a[0] // shape_b[1]) == 0
+    if possible and (shape_b[1] <= shape_a[1] or f"{stem}.lora_ind" in checkpoint):
+        return
+    if possible and options.base is not None and shape_a[1] in options.base.shape(f"{module}.weight"):
+        return
+    otherwise = " If r is meant to be that large, pass base=." if possible else ""
+    raise AdapterFormatError(
+        f"{options.where}: {module!r}: looks transposed: expected lora_A (r, d_in) and lora_B (d_out, r), got "
+        f"{shape_a} and {shape_b}, as of x @ A @ B. Build it with "
+        f"Adapter({{module: LowRankUpdate(up=lora_B.T, down=lora_A.T, scale)}}).{otherwise}"
+    )
 
 
 def _slots(checkpoint: Checkpoint, stem: str, module: str, groups: int, options: ReadOptions) -> Slots | None:
@@ -187,9 +216,5 @@ def _read_block(
     return LowRankUpdate(up[slice(*rows_b)], down[slice(*rows_a)], scale)
 
 
-def _reason(key: str) -> str:
-    if key.endswith("lora_ind"):
-        return "the slot mask of a MergedLinear without factors"
-    if key.endswith("bias"):
-        return "bias: a full bias in place of the base's"
-    return "a full tensor trained beside LoRA, no part of any update"
+def _reason(key: str) -> str | None:
+    return "the slot mask of a MergedLinear without factors" if key.endswith(".lora_ind") else None

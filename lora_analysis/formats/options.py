@@ -13,6 +13,9 @@ from lora_analysis.base import BaseWeights
 Split = str | Sequence[str] | Sequence[bool]
 """Slots of a fused weight: ``"q,v"``, ``["q", "v"]`` or ``[True, False, True]``."""
 
+MAX_ALPHA = 1e100
+"""Larger ones are mistakes, and their squares would overflow."""
+
 _QKV = ("q", "k", "v")
 
 
@@ -47,8 +50,9 @@ class ReadOptions:
     name: str | None
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not math.isfinite(self.alpha):
-            raise ValueError(f"alpha: expected a finite number, got {self.alpha}.")
+        if self.alpha is not None and not abs(self.alpha) <= MAX_ALPHA:
+            kind = "plausible" if abs(self.alpha) < math.inf else "finite"
+            raise ValueError(f"alpha: expected a {kind} number, got {str(self.alpha)[:40]}.")
 
 
 def parse_split(split: Split | None) -> Slots | None:

@@ -25,15 +25,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lora_analysis.adapter import Adapter, Contents, Module, ScaleSource, Target, Unused
-from lora_analysis.checkpoint import Checkpoint, nbytes
+from lora_analysis.adapter import Adapter, Contents, Module, ScaleSource, Target
+from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.errors import AdapterFormatError, UndefinedUpdateError, UnsupportedAdapterError
-from lora_analysis.formats.options import ReadOptions
+from lora_analysis.formats.ledger import unused_tensors
+from lora_analysis.formats.options import MAX_ALPHA, ReadOptions
+from lora_analysis.formats.patterns import pattern_regex
 from lora_analysis.update import LowRankUpdate, factors
 
 NAME = "peft"
 
-_FACTOR = re.compile(r"(?P<stem>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
+_FACTOR = re.compile(r"(?P<stem>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight\Z", re.DOTALL)
+_WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod"}
 _DEFAULT_ALPHA = 8
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that subtract their product from the base, so that s·B·A is not the update."""
@@ -61,7 +64,6 @@ _SIDE_TENSORS = (
     (r"\.modules_to_save\.", "modules_to_save: a full tensor in place of the base's"),
     (r"\.token_adapter\.|trainable_tokens", "trainable tokens: rows in place of the embedding's"),
     (r"\.base_layer\.weight$", "the base's own tensor"),
-    (r"\.bias$", "bias: a full bias in place of the base's"),
 )
 
 
@@ -73,6 +75,7 @@ def matches(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
 def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions) -> Contents:
     """Describe every tensor of a PEFT LoRA adapter."""
     where = options.where
+    _require_types(config, where)
     _refuse_other_mathematics(checkpoint, config, where)
     if options.split is not None:
         raise UnsupportedAdapterError(
@@ -82,6 +85,8 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
     scaling = _Scaling(config, options.alpha, where)
     transposed = _flag(config, "fan_in_fan_out", where)
     pairs = _paired(checkpoint, options)
+    if not pairs:
+        return Contents({})
     used = {key for pair in pairs.values() for key in pair}
     modules: dict[str, Module] = {}
     notes = list(scaling.notes)
@@ -91,7 +96,9 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
         r = shape_a[0]
         declared = scaling.declared_r(module)
         if declared is not None and declared != r:
-            notes.append(f"{module}: the configuration says r={declared}, the tensors have r={r}; they win.")
+            notes.append(f"{_shown(module)}: the configuration says r={declared}, the tensors have r={r}; they win.")
+        if r == 0:
+            notes.append(f"{_shown(module)}: r=0, an update of zero whatever its scale; alpha / r is given as 0.")
         scale, source = scaling.scale(module, r)
         notes.extend(scaling.doubts(module))
         modules[module] = Module(
@@ -103,22 +110,15 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
             tensors=(key_a, key_b),
             read=partial(_read_update, checkpoint, key_a, key_b, scale, options.device),
         )
-    unused = tuple(Unused(key, _reason(key, config), nbytes(checkpoint, key)) for key in checkpoint if key not in used)
+    unused = unused_tensors(
+        checkpoint,
+        used,
+        {match["stem"] for match in map(_FACTOR.match, checkpoint) if match},
+        partial(_reason, config=config),
+        otherwise="a full tensor, no part of any update",
+        where=where,
+    )
     return Contents(modules, unused, tuple(notes))
-
-
-def pattern_regex(key: str) -> re.Pattern[str]:
-    r"""PEFT's rule for a key of ``rank_pattern`` or ``alpha_pattern``, to ``match`` against a module's name.
-
-    The key is itself a regular expression, dots unescaped, for a dotted suffix of the name:
-    ``(.*\.)?({key})$``, as in PEFT's ``get_pattern_key``. The first key that matches counts.
-
-    Examples
-    --------
-    >>> [key for key in ("proj", "q_proj", r".*\.0\.q") if pattern_regex(key).match("layers.0.q_proj")]
-    ['q_proj']
-    """
-    return re.compile(rf"(.*\.)?({key})$")
 
 
 class _Scaling:
@@ -150,8 +150,10 @@ class _Scaling:
 
     def scale(self, module: str, r: int) -> tuple[float, ScaleSource]:
         alpha, source = self._alpha_of(module)
-        if r == 0 or math.isnan(alpha):
+        if math.isnan(alpha):
             return alpha, source
+        if r == 0:
+            return 0.0, source
         return alpha / (math.sqrt(r) if self._rslora else r), source
 
     def doubts(self, module: str) -> list[str]:
@@ -161,7 +163,7 @@ class _Scaling:
         if self._caller is not None or not others:
             return []
         return [
-            f"{module}: {len(matching)} keys of alpha_pattern match; the first, {matching[0][0]!r}, applies. "
+            f"{_shown(module)}: {len(matching)} keys of alpha_pattern match; the first, {matching[0][0]!r}, applies. "
             f"PEFT sorts them when it saves, so training may have used {others[0]!r}."
         ]
 
@@ -219,8 +221,7 @@ def _chosen(found: Mapping[str | None, dict[str, dict[str, str]]], options: Read
 
 def _module_name(stem: str) -> str:
     """The base model's name of a module, without what PEFT, DDP, FSDP and compile put round it."""
-    for wrapper in ("_fsdp_wrapped_module.", "_orig_mod."):
-        stem = stem.replace(wrapper, "")
+    stem = ".".join(component for component in stem.split(".") if component not in _WRAPPERS) or stem
     return stem.removeprefix("module.base_model.model.").removeprefix("base_model.model.")
 
 
@@ -266,17 +267,16 @@ def _refuse_other_mathematics(checkpoint: Checkpoint, config: Mapping[str, Any],
             raise UnsupportedAdapterError(f"{where}: {key!r} belongs to {title}, which is not read yet.")
 
 
-def _reason(key: str, config: Mapping[str, Any]) -> str:
+def _reason(key: str, config: Mapping[str, Any]) -> str | None:
     if _FACTOR.match(key):
         return "a factor of another adapter in the same file"
     for pattern, reason in _SIDE_TENSORS:
         if re.search(pattern, key):
             return reason
-    parts = _module_name(key).split(".")
     saved = config.get("modules_to_save") or ()
-    if any(part in saved for part in parts):
+    if not key.endswith("bias") and any(part in saved for part in _module_name(key).split(".")):
         return "modules_to_save: a full tensor in place of the base's"
-    return "a full tensor, no part of any update"
+    return None
 
 
 def _pattern(config: Mapping[str, Any], name: str, where: str) -> list[tuple[str, re.Pattern[str], Any]]:
@@ -287,23 +287,48 @@ def _pattern(config: Mapping[str, Any], name: str, where: str) -> list[tuple[str
     for key, value in patterns.items():
         try:
             compiled.append((key, pattern_regex(key), value))
+        except ValueError as error:
+            raise AdapterFormatError(
+                f"{where}: {name}: expected keys that are matched quickly, got {_short(key)} ({error}). "
+                "Write it without."
+            ) from error
         except (re.error, RecursionError, OverflowError) as error:
             raise AdapterFormatError(
-                f"{where}: {name}: expected regular expressions, got {key!r} ({error})."
+                f"{where}: {name}: expected regular expressions, got {_short(key)} ({error})."
             ) from error
     return compiled
 
 
 def _number(value: Any, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterFormatError(f"{where}: {name}: expected a finite number, got {value!r}.")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or (isinstance(value, float) and not math.isfinite(value)):
+        raise AdapterFormatError(f"{where}: {name}: expected a finite number, got {_short(value)}.")
+    if abs(value) > MAX_ALPHA:
+        raise AdapterFormatError(f"{where}: {name}: expected a plausible number, got {_short(value)}.")
     return float(value)
 
 
 def _integer(value: Any, name: str, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise AdapterFormatError(f"{where}: {name}: expected a positive integer, got {value!r}.")
+        raise AdapterFormatError(f"{where}: {name}: expected a positive integer, got {_short(value)}.")
     return value
+
+
+def _require_types(config: Mapping[str, Any], where: str) -> None:
+    peft_type, saved = config.get("peft_type"), config.get("modules_to_save")
+    if peft_type is not None and not isinstance(peft_type, str):
+        raise AdapterFormatError(f"{where}: peft_type: expected a name such as 'LORA', got {_short(peft_type)}.")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise AdapterFormatError(f"{where}: modules_to_save: expected a list of names, got {_short(saved)}.")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def _flag(config: Mapping[str, Any], name: str, where: str) -> bool:

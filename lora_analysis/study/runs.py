@@ -17,6 +17,7 @@ Kalajdzievski 2023, arXiv:2312.03732 (rsLoRA).
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -166,17 +167,21 @@ def correct_predictions(
 def bfloat16_pays() -> bool:
     """Whether this machine multiplies bfloat16 matrices clearly faster than float32 ones, by trying.
 
-    CPUs without the instructions emulate them, many times slower.
+    CPUs without the instructions emulate them, many times slower. The fastest of many short products on one
+    thread tells, whatever else the machine is doing.
     """
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(512, 384, dtype=dtype), torch.ones(384, 384, dtype=dtype)
-        times = []
-        for _ in range(8):
-            started = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - started)
-        seconds[dtype] = min(times)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+        for _ in range(60):
+            for dtype in seconds:
+                a, b = torch.ones(256, 384, dtype=dtype), torch.ones(384, 384, dtype=dtype)
+                started = time.perf_counter()
+                a @ b
+                seconds[dtype] = min(seconds[dtype], time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 

@@ -4,9 +4,12 @@ import json
 import math
 import os
 import pickle
+import re
+import shutil
 import struct
 import subprocess
 import sys
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -14,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import lora_analysis as la
+from lora_analysis import cli
 
 
 def run(*arguments, **environment):
@@ -148,15 +152,16 @@ def hostile_files(folder):
     yield folder / "absent"
 
 
-def test_hostile_and_foreign_files_are_one_named_line_and_execute_nothing(tmp_path):
+def test_hostile_and_foreign_files_are_one_named_line_and_execute_nothing(tmp_path, monkeypatch, capsys):
     count = 0
     for path in hostile_files(tmp_path):
-        found = run("inspect", path)
-        assert found.returncode == 1, path
-        assert found.stdout == ""
-        assert found.stderr.startswith(f"lora-analysis: {path}")
-        assert found.stderr.count("\n") == 1
-        assert "Traceback" not in found.stderr
+        monkeypatch.setattr(sys, "argv", ["lora-analysis", "inspect", str(path)])
+        with pytest.raises(SystemExit, match="1"):
+            cli.main()
+        found = capsys.readouterr()
+        assert found.out == ""
+        assert found.err.startswith(f"lora-analysis: {path}")
+        assert found.err.count("\n") == 1
         count += 1
     assert count == 12
     assert not (tmp_path / "executed").exists()
@@ -178,15 +183,30 @@ def test_the_base_must_hold_what_the_adapter_updates(files, tmp_path):
         ["spectrum", "{r4}", "--format", "nothing"],
         ["amplify", "{r4}", "--base", "{base}", "--ks", "one"],
         ["compare", "{r4}", "{r8}", "--pairs", "x"],
+        ["compare", "{r4}", "{r8}", "--pairs", "a=b=c"],
+        ["layers", "{r4}", "--pairs", "same"],
+        ["amplify", "{r4}", "--base", "{base}", "--ks", "0"],
+        ["amplify", "{r4}", "--base", "{base}", "--ks", "1,99999999999999999999"],
+        ["inspect", "{r4}", "--split", "x"],
+        ["inspect", "{r4}", "--alpha", "nan"],
+        ["inspect", "{r4}", "--device", "nonsense"],
+        ["inspect", "{r4}", "--device", "meta"],
+        ["inspect", "{r4}", "--device", "cuda:99"],
+        ["compare", "{r4}", "{r8}", "--draws", "100000000000"],
+        ["compare", "{r4}", "{r8}", "--draws", "0"],
+        ["compare", "{r4}", "{r8}", "--seed", "-1"],
+        ["compare", "{r4}", "{r8}", "--seed", "99999999999999999999"],
+        ["spectrum", "{r4}", "--workers", "0"],
         ["nonsense"],
     ],
 )
-def test_wrong_usage_exits_with_2(files, arguments):
+def test_wrong_usage_exits_with_2(files, arguments, capsys):
     paths = {"r4": files / "r4", "r8": files / "r8", "base": files / "base.safetensors"}
-    found = run(*(argument.format(**paths) for argument in arguments))
-    assert found.returncode == 2
-    assert found.stdout == ""
-    assert "Traceback" not in found.stderr
+    with pytest.raises(SystemExit, match="2"):
+        cli.app([argument.format(**paths) for argument in arguments])
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert "No such command 'nonsense'" in found.err or re.search(f"Invalid value for '?{arguments[-2]}'?: ", found.err)
 
 
 def test_names_with_terminal_escapes_are_shown_as_text(tmp_path):
@@ -199,11 +219,120 @@ def test_names_with_terminal_escapes_are_shown_as_text(tmp_path):
     assert "\\x1b[31m\\u202e.[bold]q" in found.stdout.replace("\n", "")
 
 
-def test_output_cut_short_by_its_reader_is_no_error(files):
-    command = f"{sys.executable} -m lora_analysis spectrum {files / 'r4'} --json | head -n 1"
-    found = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-    assert found.stdout == "[\n"
-    assert found.stderr == ""
+def test_directories_with_terminal_escapes_are_shown_as_text(files, tmp_path):
+    hostile = shutil.copytree(files / "r4", tmp_path / "a\x1b[31m")
+    found = run("spectrum", hostile, files / "r8")
+    assert found.returncode == 0, found.stderr
+    assert "\x1b" not in found.stdout
+    assert f"{tmp_path}/a\\x1b[31m\n" in found.stdout
+
+
+@pytest.mark.parametrize("options", [["--json"], []], ids=["long", "short enough for a buffer"])
+def test_output_whose_reader_has_gone_is_no_error(files, options):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as gone:
+        found = subprocess.run(
+            [sys.executable, "-m", "lora_analysis", "spectrum", files / "r4", *options],
+            stdout=gone,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_output_is_cut_short_by_head(files):
+    pair = [sys.executable, "-m", "lora_analysis", "compare", files / "r4", files / "r8", "--cells", "all", "--json"]
+    with subprocess.Popen(pair, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        head = subprocess.run(["head", "-n", "1"], stdin=writer.stdout, capture_output=True, text=True, check=True)
+        writer.stdout.close()
+        assert head.stdout == "[\n"
+        assert writer.stderr.read() == b""
+    assert writer.returncode == 0
+
+
+def test_an_error_keeps_its_exit_code_when_the_reader_has_gone(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as gone:
+        command = [sys.executable, "-m", "lora_analysis", "inspect", tmp_path / "absent"]
+        found = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, check=False)
+    assert found.returncode == 1
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_output_that_cannot_hold_symbols_has_question_marks(files, encoding):
+    command = [sys.executable, "-m", "lora_analysis", "spectrum", files / "r4"]
+    found = subprocess.run(command, capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.decode(encoding).splitlines()
+    assert next(line for line in lines if line.startswith("module")).split()[:3] == ["module", "r", "??W?"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("inspect", ["{0}"]),
+        ("spectrum", ["{0}"]),
+        ("compare", ["{0}", "{0}"]),
+        ("layers", ["{0}"]),
+        ("amplify", ["{0}", "--base", "{0}/base.safetensors"]),
+    ],
+)
+def test_one_of_several_adapters_is_chosen_by_name(files, command, arguments, capsys):
+    arguments = [command, *(argument.format(files) for argument in arguments)]
+    with pytest.raises(la.AdapterFormatError, match="a folder of 2"):
+        cli.app(arguments)
+    cli.app([*arguments, "--name", "r4", "--json"], standalone_mode=False)
+    named = capsys.readouterr().out
+    direct = [str(files / "r4") if argument == str(files) else argument for argument in arguments]
+    cli.app([*direct, "--json"], standalone_mode=False)
+    expected = capsys.readouterr().out.replace(str(files / "r4"), str(files))
+    assert json.loads(named) == json.loads(expected)
+
+
+def test_the_demo_does_not_start_where_a_file_is(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "inside"):
+        found = run("demo", "--out", out)
+        assert (found.returncode, found.stdout) == (1, "")
+        assert found.stderr == f"lora-analysis: {out}: expected a directory, got a file. Pass another --out.\n"
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_the_demo_does_not_start_without_its_packages(tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError('no transformers')")
+    found = run("demo", "--out", tmp_path / "out", PYTHONPATH=str(tmp_path))
+    assert (found.returncode, found.stdout) == (1, "")
+    assert found.stderr.startswith("lora-analysis: all-MiniLM-L6-v2: expected transformers")
+    assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (la.AdapterFormatError("bad"), 1),
+        (FileNotFoundError("bad"), 1),
+        (MemoryError("bad"), 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: bad"), 1),
+        (torch.OutOfMemoryError("bad"), 1),
+        (ValueError("bad"), 2),
+    ],
+)
+def test_errors_that_are_no_bugs_are_one_line(error, code, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "app", mock.Mock(side_effect=error))
+    with pytest.raises(SystemExit, match=str(code)):
+        cli.main()
+    assert capsys.readouterr().err.startswith("lora-analysis: ")
+
+
+@pytest.mark.parametrize("error", [TypeError("bug"), RuntimeError("bug"), KeyError("bug")])
+def test_bugs_are_not_dressed_up(error, monkeypatch):
+    monkeypatch.setattr(cli, "app", mock.Mock(side_effect=error))
+    with pytest.raises(type(error), match="bug"):
+        cli.main()
 
 
 def test_real_adapters_equal_dense_oracles_through_the_command_line(shared_adapters, tmp_path):

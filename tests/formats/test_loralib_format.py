@@ -109,7 +109,7 @@ def test_blocks_of_a_merged_linear_are_what_loralib_merges(
     layer = model["attn"]
     path = saved(model, tmp_path)
     adapter = load_adapter(path, split=mask, alpha=ALPHA)
-    assert list(adapter) == sorted(names_of(mask))
+    assert list(adapter) == names_of(mask)
     assert {(module.r, module.shape) for module in adapter.modules.values()} == {(R, (SLOT, D_IN))}
     whole = placed(adapter, 3 * SLOT)
     merged = layer.merge_AB().detach() * layer.scaling
@@ -254,6 +254,12 @@ def test_alpha_is_a_finite_number(tmp_path: Path, alpha: float) -> None:
         load_adapter(saved(linear(), tmp_path), alpha=alpha)
 
 
+@pytest.mark.parametrize("alpha", [1e308, 10**400], ids=["1e308", "of 400 digits"])
+def test_alpha_is_a_plausible_number(tmp_path: Path, alpha: float) -> None:
+    with pytest.raises(ValueError, match="alpha: expected a plausible number, got 1"):
+        load_adapter(saved(linear(), tmp_path), alpha=alpha)
+
+
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_are_listed(tmp_path: Path, bias: str) -> None:
     adapter = load_adapter(saved(linear(), tmp_path, bias=bias))
@@ -336,6 +342,82 @@ def test_factors_of_other_layouts_are_refused(tmp_path: Path, a: tuple[int, ...]
     torch.save({"m.lora_A": torch.zeros(a), "m.lora_B": torch.zeros(b)}, tmp_path / "x.bin")
     with pytest.raises(AdapterFormatError, match=r"'m': expected lora_A \(r, d_in\) and lora_B .*build other layouts"):
         load_adapter(tmp_path / "x.bin")
+
+
+TRANSPOSED = (
+    r"'m': looks transposed: expected lora_A \(r, d_in\) .*LowRankUpdate\(up=lora_B\.T, down=lora_A\.T, scale\)"
+)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((768, 8), (8, 768)),
+        ((3072, 8), (8, 768)),
+        ((768, 8), (8, 3072)),
+        ((784, 16), (16, 512)),
+        ((768, 8), (8, 4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("based", [False, True], ids=["no base", "base"])
+def test_factors_of_x_a_b_are_refused(tmp_path: Path, a: tuple[int, int], b: tuple[int, int], based: bool) -> None:
+    torch.save({"m.lora_A": torch.zeros(a), "m.lora_B": torch.zeros(b)}, tmp_path / "x.bin")
+    base = load_base({"m.weight": torch.zeros(b[1], a[0])}) if based else None
+    with pytest.raises(AdapterFormatError, match=TRANSPOSED) as caught:
+        load_adapter(tmp_path / "x.bin", base=base)
+    assert "MergedLinear" not in str(caught.value)
+
+
+def test_a_base_that_fits_allows_an_r_beyond_the_sides(tmp_path: Path) -> None:
+    layer = randomise(nn.ModuleDict({"m": loralib.Linear(4, 4, r=6, lora_alpha=ALPHA)}))
+    path = saved(layer, tmp_path)
+    with pytest.raises(AdapterFormatError, match=f"{TRANSPOSED}.* pass base="):
+        load_adapter(path)
+    adapter = load_adapter(path, base=load_base({"m.weight": torch.zeros(4, 4)}), alpha=ALPHA)
+    np.testing.assert_allclose(adapter["m"].dense().numpy(), change_by_merging(layer["m"]), atol=1e-12)
+
+
+def test_an_r_beyond_few_outputs_is_no_transposition(tmp_path: Path) -> None:
+    """A head of two classes: read the other way round its factors would not share their inner side."""
+    torch.save({"m.lora_A": torch.zeros(8, 768), "m.lora_B": torch.zeros(2, 8)}, tmp_path / "x.bin")
+    assert load_adapter(tmp_path / "x.bin").modules["m"].shape == (2, 768)
+
+
+@pytest.mark.parametrize("based", [False, True], ids=["no base", "base"])
+def test_a_split_that_splits_nothing_is_refused(tmp_path: Path, based: bool) -> None:
+    path = saved(linear(), tmp_path)
+    base = load_base({"query.weight": torch.zeros(2 * SLOT, D_IN)}) if based else None
+    with pytest.raises(AdapterFormatError, match="split= names slots, but no module of the file is a MergedLinear"):
+        load_adapter(path, split="q,v", base=base)
+
+
+def test_blocks_keep_the_order_of_their_weight_between_modules_in_natural_order(tmp_path: Path) -> None:
+    layers = {f"layer{i}": merged_linear([True, True, True])["attn"] for i in (10, 2)}
+    adapter = load_adapter(saved(nn.ModuleDict(layers), tmp_path), split="q,k,v")
+    assert list(adapter) == [f"layer{i}.{slot}" for i in (2, 10) for slot in "qkv"]
+
+
+def test_tensors_that_would_change_an_update_are_not_listed_away(tmp_path: Path) -> None:
+    tensors = loralib.lora_state_dict(linear())
+    for name, error, match in (
+        ("query.alpha", UnsupportedAdapterError, "'query.alpha': per-module alpha tensors"),
+        ("query.lora_scaling", AdapterFormatError, "'query.lora_scaling': expected the tensors of LoRA to be factors"),
+        ("lora_A", AdapterFormatError, "'lora_A': expected the tensors of LoRA to be factors"),
+    ):
+        torch.save({**tensors, name: torch.ones(1)}, tmp_path / "x.bin")
+        with pytest.raises(error, match=match):
+            load_adapter(tmp_path / "x.bin")
+
+
+def test_a_container_named_after_lora_says_nothing_about_its_tensors(tmp_path: Path) -> None:
+    tensors = {"lora_layers.0.lora_A": torch.ones(1, 3), "lora_layers.0.lora_B": torch.ones(2, 1)}
+    torch.save({**tensors, "lora_layers.0.weight": torch.ones(2, 3)}, tmp_path / "x.bin")
+    adapter = load_adapter(tmp_path / "x.bin")
+    assert (list(adapter), [unused.tensor for unused in adapter.unused]) == (
+        ["lora_layers.0"],
+        ["lora_layers.0.weight"],
+    )
 
 
 def test_rows_that_do_not_divide_are_refused(tmp_path: Path) -> None:

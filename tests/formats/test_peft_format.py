@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from lora_analysis.errors import (
     UnsupportedAdapterError,
 )
 from lora_analysis.formats import load_adapter, save_adapter
-from lora_analysis.formats.peft import pattern_regex
+from lora_analysis.formats.patterns import pattern_regex
 from lora_analysis.update import DenseUpdate, LowRankUpdate
 
 # PEFT multiplies and merges in float32: r products of numbers near 1, and a difference of weights near 1.
@@ -492,7 +493,15 @@ def test_tensors_win_over_the_configuration(tmp_path: Path) -> None:
         ({"rank_pattern": ["lin"]}, "rank_pattern: expected an object, got list"),
         ({"alpha_pattern": {"lin": None}}, r"alpha_pattern\['lin'\]: expected a finite number, got None"),
         ({"alpha_pattern": {"*": 2}}, r"alpha_pattern: expected regular expressions, got '\*'"),
-        ({"alpha_pattern": {"(" * 5000: 2}}, r"alpha_pattern: expected regular expressions"),
+        ({"alpha_pattern": {"(" * 999: 2}}, r"alpha_pattern: expected regular expressions"),
+        ({"alpha_pattern": {"(" * 5000: 2}}, r"alpha_pattern: expected keys .* \(more than 1000 characters\)"),
+        ({"lora_alpha": 10**400}, r"lora_alpha: expected a plausible number, got 10+…\."),
+        ({"lora_alpha": 1e308}, r"lora_alpha: expected a plausible number, got 1e\+308"),
+        ({"alpha_pattern": {"lin": -1e101}}, r"alpha_pattern\['lin'\]: expected a plausible number, got -1e\+101"),
+        ({"modules_to_save": 5}, "modules_to_save: expected a list of names, got 5"),
+        ({"modules_to_save": ["lin", 5]}, r"modules_to_save: expected a list of names, got \['lin', 5\]"),
+        ({"modules_to_save": "lin"}, "modules_to_save: expected a list of names, got 'lin'"),
+        ({"peft_type": 7}, "peft_type: expected a name such as 'LORA', got 7"),
         ({"alpha_pattern": {"a{99999999999}": 2}}, r"alpha_pattern: expected regular expressions"),
         ({"alpha_pattern": "lin"}, "alpha_pattern: expected an object, got str"),
         ({"use_rslora": "yes"}, "use_rslora: expected true or false, got 'yes'"),
@@ -504,6 +513,73 @@ def test_values_the_format_forbids_are_refused(tmp_path: Path, changes: dict[str
     with pytest.raises(AdapterFormatError, match=match) as caught:
         load_adapter(edited(saved(trained(), tmp_path), **changes))
     assert str(caught.value).startswith(str(tmp_path))
+    assert len(str(caught.value).removeprefix(str(tmp_path))) < 250
+
+
+DANGEROUS = {
+    "(a+)+b": "a repeated group whose body varies",
+    "(?:a*)*b": "a repeated group whose body varies",
+    "((a+)b?)+c": "a repeated group whose body varies",
+    "(a|a)*b": "a repeated group whose body varies",
+    "((a|aa))+b": "a repeated group whose body varies",
+    "(a?){30}a": "a repeated group whose body varies",
+    "(a{1,9})*b": "a repeated group whose body varies",
+    "([)]+)+b": "a repeated group whose body varies",
+    r"(\)+)+b": "a repeated group whose body varies",
+    "(a+)+?b": "a repeated group whose body varies",
+    "(a|a)" * 30 + "b": "more than 6 parts that vary",
+    ".*" * 7 + "b": "more than 6 parts that vary",
+    "a?" * 30 + "a" * 30: "more than 6 parts that vary",
+    "(?x:(a+) +)b": "the construct '(?x'",
+    "a+)+(b": "a parenthesis that closes none",
+    "({}+)+b": "a repeated group whose body varies",
+    "[](a+)+]+)": "a parenthesis that closes none",
+    "(a+)(?#)+b": "the construct '(?#'",
+    "a" * 1001: "more than 1000 characters",
+}
+
+
+@pytest.mark.parametrize("key", DANGEROUS, ids=lambda key: key[:20])
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_keys_that_may_match_for_ever_are_refused_at_once(tmp_path: Path, key: str, option: str) -> None:
+    name = "a" * 60
+    save_file({f"{name}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", option: {key: 2}}))
+    start = time.process_time()
+    with pytest.raises(AdapterFormatError, match=f"{option}: expected keys that are matched quickly, got '") as caught:
+        load_adapter(tmp_path)
+    assert f"({DANGEROUS[key]})" in str(caught.value)
+    assert repr(key)[1:30].rstrip("'") in str(caught.value)
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        r".*\.layers\.\d+\.(self_)?attn\.(q_)?proj",
+        r"^model\.layers\.(0|1|2|30)\.mlp",
+        "|".join(rf"layers\.{i}\..*\.q_proj" for i in range(40)),
+        r"(?:encoder|decoder)\.block\.[0-9]{1,2}\.layer",
+        "(ab){2}",
+        "(lin)+",
+        r"\(a\+\)\+b",
+        "[(]a+[])]+",
+        "a{b}",
+        r"lin(?=$)|(?P<side>q|v)_proj",
+        "[](a+)+]+",
+        "(",
+    ],
+    ids=lambda key: key[:20],
+)
+def test_ordinary_keys_are_not_held_for_dangerous(key: str) -> None:
+    """They compile where ``re`` alone compiles them."""
+    try:
+        theirs = re.compile(rf"(.*\.)?({key})$")
+    except re.error:
+        with pytest.raises(re.error):
+            pattern_regex(key)
+    else:
+        assert pattern_regex(key) == theirs
 
 
 def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
@@ -668,6 +744,87 @@ def test_the_smallest_factors_are_read(tmp_path: Path, r: int) -> None:
     adapter = load_adapter(tmp_path, alpha=3)
     assert adapter.modules["layers.0.q_proj"].r == r
     assert adapter["layers.0.q_proj"].norm() == pytest.approx(3 * r * math.sqrt(120))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_factors_of_r_zero_are_an_update_of_zero_and_noted(tmp_path: Path, rslora: bool) -> None:
+    save_file({KEY.format("A"): torch.ones(0, 10), KEY.format("B"): torch.ones(12, 0)}, tmp_path / WEIGHTS)
+    assert load_adapter(tmp_path).modules["layers.0.q_proj"].scale_source == "unknown"
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 16, "use_rslora": rslora}))
+    adapter = load_adapter(tmp_path)
+    module = adapter.modules["layers.0.q_proj"]
+    assert (module.scale, module.scale_source) == (0.0, "config")
+    assert adapter.notes == ("layers.0.q_proj: r=0, an update of zero whatever its scale; alpha / r is given as 0.",)
+    assert not adapter["layers.0.q_proj"].dense().any()
+
+
+def with_tensor(folder: Path, name: str, tensor: Tensor | None = None) -> Path:
+    """An adapter's file with one more tensor in it."""
+    save_file({**tensors_of(folder), name: torch.ones(2) if tensor is None else tensor}, folder / WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["alpha", "lora_alpha"])
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_alphas_of_modules_are_refused_by_name(tmp_path: Path, ending: str, shape: tuple[int, ...]) -> None:
+    name = f"base_model.model.layers.0.q_proj.{ending}"
+    with pytest.raises(UnsupportedAdapterError, match=f"'{name}': per-module alpha tensors, as diffusers and kohya"):
+        load_adapter(with_tensor(tmp_path, name, torch.ones(shape)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_A.weight",
+        "lora_alpha",
+        "base_model.model.lin.lora_A",
+        "base_model.model.lin.lora_A.a.b.weight",
+        "base_model.model.lin.lora_A.weight\n",
+        "base_model.model.lin.lora_A.bias",
+        "base_model.model.layers.0.q_proj.lora_scaling",
+    ],
+)
+def test_tensors_of_lora_that_are_no_factor_fail_the_load(tmp_path: Path, name: str) -> None:
+    with pytest.raises(AdapterFormatError, match="expected the tensors of LoRA to be factors of a module") as caught:
+        load_adapter(with_tensor(tmp_path, name))
+    assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["head.weight", "base_model.model.snake.alpha", "head.bias"])
+def test_other_tensors_are_listed(tmp_path: Path, name: str) -> None:
+    adapter = load_adapter(with_tensor(tmp_path, name))
+    assert [unused.tensor for unused in adapter.unused] == [name]
+    assert adapter.ledger.keys() == load_file(tmp_path / WEIGHTS).keys()
+
+
+def test_a_name_of_two_lines_is_a_name(tmp_path: Path) -> None:
+    save_file({f"a\nb.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4, "r": 8}))
+    adapter = load_adapter(tmp_path)
+    assert adapter.modules["a\nb"].scale == 2
+    assert adapter.notes == (r"'a\nb': the configuration says r=8, the tensors have r=2; they win.",)
+
+
+def test_wrappers_are_whole_components_of_a_name(tmp_path: Path) -> None:
+    names = {
+        "my_orig_mod.lin": "my_orig_mod.lin",
+        "not_fsdp_wrapped_module.lin": "not_fsdp_wrapped_module.lin",
+        "_orig_mod.a._fsdp_wrapped_module.b": "a.b",
+        "c._orig_mod": "c",
+    }
+    save_file({f"{n}.lora_{side}.weight": torch.ones(2, 2) for n in names for side in "AB"}, tmp_path / WEIGHTS)
+    assert set(load_adapter(tmp_path)) == set(names.values())
+
+
+def test_modules_are_in_natural_order_whatever_their_digits(tmp_path: Path) -> None:
+    long = "9" * 5000
+    names = ["layers.2.q", "layers.10.q", "layers.010.v", f"layers.{long}.q", "layers.x", "layers.5²", "layers.٣"]
+    tensors = {f"{name}.lora_{side}.weight": torch.ones(2, 2) for name in reversed(names) for side in "AB"}
+    save_file(tensors, tmp_path / WEIGHTS)
+    ordered = list(load_adapter(tmp_path))
+    assert set(ordered) == set(names)
+    assert [name for name in ordered if name.endswith((".q", ".v"))] == names[:4]
 
 
 def test_one_factor_under_two_names_is_refused(tmp_path: Path) -> None:

@@ -160,6 +160,9 @@ def test_every_format_has_a_name_and_a_reader() -> None:
 def test_missing_and_ambiguous_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError, match=r"nothing: no such file or directory\.$"):
         load_adapter(tmp_path / "nothing")
+    for source in ("org/name-r8", "https://example.org/lora.safetensors?" + "x" * 5000, "s3://bucket/adapter"):
+        with pytest.raises(AdapterFormatError, match=r"no such file or directory; hub ids and URLs are not read yet\."):
+            load_adapter(source)
     with pytest.raises(AdapterFormatError, match=r"or one file of tensors, found none\."):
         load_adapter(tmp_path)
     for name in ("a.pt", "b.safetensors"):
