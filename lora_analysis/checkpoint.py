@@ -297,6 +297,8 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
             f"{path}: expected a pickle of tensors alone, got one that asks for {_refused_global(error)}; "
             "nothing was executed. Convert it to safetensors where you trust it."
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:
         # What torch raises on a damaged archive depends on where the damage lies (AssertionError,
         # struct.error and BadZipFile among others), and none of it is about this program.

@@ -496,3 +496,14 @@ def test_any_damage_is_read_or_named(intact: dict[str, bytes], scratch: Path, na
 def test_arbitrary_bytes_are_named(scratch: Path, content: bytes, suffix: str) -> None:
     path = written(scratch / f"arbitrary{suffix}", content)
     assert_read_or_named(path)
+
+
+def test_running_out_of_memory_is_not_called_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"m": torch.ones(2)}, tmp_path / "model.bin")
+
+    def exhausted(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", exhausted)
+    with pytest.raises(MemoryError):
+        open_checkpoint(tmp_path / "model.bin")

@@ -76,6 +76,6 @@ def amplify(
             ],
         )
     explain(
-        "gain = ‖UᵀWV‖ / random is the number to read. factor = ‖ΔW‖ / ‖UᵀWV‖ falls with k by itself, and random "
-        "directions have a larger one. ceiling = ‖UᵀWV‖ / top."
+        "gain = ‖UᵀWV‖ / random is the number to read. factor = ‖ΔW‖ / ‖UᵀWV‖ falls with k for random "
+        "directions too, and is below theirs where gain > 1. ceiling = ‖UᵀWV‖ / top."
     )

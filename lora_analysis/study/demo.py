@@ -247,8 +247,8 @@ def _findings(results: Results, task: dict[str, Any], out: Path, adapters: dict[
         else f"The training loss went from {runs['loss_first'].mean():.3f} to {runs['loss_last'].mean():.3f} "
         f"in {runs['steps'].max()} steps.",
         _used_rank(results, adapters),
-        "r = 8 against r = 64: " + _overlap(results.ranks),
-        "Two seeds at r = 64: " + _overlap(results.seeds),
+        "r = 8 against r = 64, which saw the texts in one order: " + _overlap(results.ranks),
+        "Two seeds at r = 64, of initial A and of order: " + _overlap(results.seeds),
         f"A at r = 64 moved by {runs.loc[runs['r'] == 64, 'a_moved'].mean():.0%} of the norm it started with. Two "
         f"seeds' A share φ(1,1) = {_cell(results.seeds_of_a, 'in', 1, 1)['phi'].median():.2g} in the median (chance "
         f"{_cell(results.seeds_of_a, 'in', 1, 1)['null_mean'].iloc[0]:.2g}), but the order of A's directions depends "

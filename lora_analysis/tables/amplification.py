@@ -160,7 +160,7 @@ def _rows(
                 **found,
                 **hidden,
                 # Each value is within the bound of a singular value, and so their root sum of squares.
-                "projected_top_error": math.sqrt(k) * whole.bound,
+                "projected_top_error": math.sqrt(k) * whole.bound if k <= len(whole.S) else math.nan,
                 "flags": " ".join(words),
             }
         )
