@@ -76,9 +76,9 @@ def amplification(
 ) -> Amplification:
     """Everything section 7.3 asks of an update, at every truncation k, each figure with its null.
 
-    ``amplification`` alone means little: for random directions it falls with k as ``1 / k``, and theirs is
-    the larger one wherever the gain exceeds 1. Compare updates by ``gain`` and ``ceiling_fraction`` at equal k; the sign, which a norm cannot
-    see, is in ``signed_positive`` and ``cosine``.
+    ``amplification`` alone means little: for random directions it falls with k as ``1 / k``, and theirs is the
+    larger one wherever the gain exceeds 1. Compare updates by ``gain`` and ``ceiling_fraction`` at equal k; the
+    sign, which a norm cannot see, is in ``signed_positive`` and ``cosine``.
 
     Parameters
     ----------
