@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from lora_analysis.update import Update
 
 ScaleSource = Literal["tensor", "config", "header", "format default", "caller", "unknown"]
@@ -40,6 +42,8 @@ class Target:
         blocks of a fused weight.
     expert : int, optional
         Index into the first axis of a stacked (experts, ., .) tensor.
+    kernel : tuple of int
+        Spatial size of a convolution's kernel, whose update is unfolded to (out, in·k·k); () of a linear layer.
     """
 
     tensor: str
@@ -47,6 +51,7 @@ class Target:
     rows: tuple[int, int] | None = None
     columns: tuple[int, int] | None = None
     expert: int | None = None
+    kernel: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +74,13 @@ class Module:
         The file's tensors it is made of.
     read : callable
         Reads the factors and returns the update.
+    flags : tuple of str
+        What tables say about it in every row: ``dora-low-rank-part`` where a magnitude rescales the merged weight
+        and the update is only the product, ``ambiguous-layout`` where the file allows another reading.
+    magnitude : callable, optional
+        Reads DoRA's magnitude vector, shape (d_out,) or, where ``magnitude_axis`` is 0, (d_in,).
+    magnitude_axis : int
+        The axis of (d_out, d_in) that the norms run over: 1 gives one magnitude per output row, as in PEFT.
     """
 
     shape: tuple[int, int]
@@ -78,6 +90,9 @@ class Module:
     target: Target
     tensors: tuple[str, ...]
     read: Callable[[], Update]
+    flags: tuple[str, ...] = ()
+    magnitude: Callable[[], Tensor] | None = None
+    magnitude_axis: int = 1
 
     def __post_init__(self) -> None:
         if self.scale_source not in get_args(ScaleSource):

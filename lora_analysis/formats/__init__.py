@@ -38,6 +38,9 @@ def load_adapter(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     name: str | None = None,
+    initial: Adapter | str | os.PathLike[str] | None = None,
+    heads: tuple[int, int] | None = None,
+    pattern: str | None = None,
 ) -> Adapter:
     """A trained adapter, lazily, with every tensor of its file accounted for.
 
@@ -60,6 +63,15 @@ def load_adapter(
         Reserved for hub sources, which are not read yet.
     name : str, optional
         Which adapter, where a directory or a file holds several.
+    initial : Adapter or path, optional
+        The factors training started from, where they were subtracted from the base (PiSSA, OLoRA and their like):
+        the update is then s·(B·A - B0·A0).
+    heads : (int, int), optional
+        Numbers of query and of key-value heads, to turn the rows of q and k from interleaved to half-split rotary
+        order, as Hugging Face models store them (torchtune, GGUF of llama architectures).
+    pattern : str, optional
+        How tensors are called, for ``format="pattern"``: ``"down=layers.{module}.a up=layers.{module}.b"``, with
+        ``.T`` after a name for a factor stored transposed, and ``alpha=`` for a tensor of alphas.
 
     Returns
     -------
@@ -98,6 +110,9 @@ def load_adapter(
         split=parse_split(split),
         device=torch.device(device),
         name=None if by_folder else name,
+        initial=initial if initial is None or isinstance(initial, Adapter) else load_adapter(initial, device=device),
+        heads=heads,
+        pattern=pattern,
     )
     chosen = formats[format] if format else _detected(checkpoint, config, str(path))
     contents: Contents = chosen.read(checkpoint, config, options)
@@ -117,6 +132,9 @@ def load_adapter(
         "device": device,
         "revision": revision,
         "name": name,
+        "initial": initial,
+        "heads": heads,
+        "pattern": pattern,
     }
     return Adapter.from_contents(
         contents,

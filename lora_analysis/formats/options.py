@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_analysis.adapter import Adapter
 from lora_analysis.base import BaseWeights
 
 Split = str | Sequence[str] | Sequence[bool]
@@ -40,7 +41,7 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """What ``load_adapter`` hands to a reader."""
+    """What ``load_adapter`` hands to a reader: its own arguments, opened and checked."""
 
     where: str
     alpha: float | None
@@ -48,6 +49,9 @@ class ReadOptions:
     split: Slots | None
     device: torch.device
     name: str | None
+    initial: Adapter | None = None
+    heads: tuple[int, int] | None = None
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not abs(self.alpha) <= MAX_ALPHA:

@@ -23,6 +23,10 @@ by spaces that say why a value is missing or weak:
     W has no part in the directions of ΔW_k: the amplification factor is infinite.
 ``r>d``
     r exceeds the smaller side of the matrix.
+``dora-low-rank-part``
+    A magnitude rescales the merged weight (DoRA): the update is s·B·A alone; given the base it is the whole.
+``ambiguous-layout``
+    The file allows another reading of the same tensors; the adapter's notes say which.
 
 Modules are worked on by a pool of threads with one BLAS thread each; results do not depend on how many.
 

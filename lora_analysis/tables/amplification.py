@@ -17,7 +17,7 @@ from lora_analysis.measures import spectrum
 from lora_analysis.measures.amplification import Amplification, amplification, projected_null_rms
 from lora_analysis.measures.projection_null import projection_null_draws
 from lora_analysis.measures.weight import WeightSpectrum, projected_weight, weight_spectrum
-from lora_analysis.tables.frames import as_adapters, frame
+from lora_analysis.tables.frames import as_adapters, frame, module_flags
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.update import with_scale
 
@@ -129,7 +129,7 @@ def _rows(
     number, name = number_and_name
     module = adapter.modules[name]
     known = module.scale_source != "unknown"
-    flags = ([] if known else ["unknown-scale"]) + ["r>d"] * (module.r > min(module.shape))
+    flags = module_flags(module)
     update = adapter[name] if known else with_scale(adapter[name], 1.0)
     try:
         svd = update.svd()

@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow
 from pyarrow import parquet
 
-from lora_analysis.adapter import Adapter
+from lora_analysis.adapter import Adapter, Module
 
 SUFFIXES = (".csv", ".parquet", ".json")
 LIST_COLUMNS = ("singular_values", "noise_floors")
@@ -28,6 +28,12 @@ def as_adapters(adapter: Adapter | Sequence[Adapter]) -> list[Adapter]:
         if not isinstance(item, Adapter):
             raise TypeError(f"adapter: expected an Adapter or a sequence of them, got {type(item).__name__}.")
     return adapters
+
+
+def module_flags(module: Module) -> list[str]:
+    """The words about a module that hold before any number is read."""
+    unknown = ["unknown-scale"] * (module.scale_source == "unknown")
+    return unknown + ["r>d"] * (module.r > min(module.shape)) + list(module.flags)
 
 
 def frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, counts: Sequence[str] = ()) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lora_analysis.adapter import Adapter
-from lora_analysis.tables.frames import as_adapters, frame
+from lora_analysis.tables.frames import as_adapters, frame, module_flags
 
 COLUMNS = ("adapter", "module", "d_out", "d_in", "r", "scale", "scale_source", "flags")
 
@@ -24,7 +24,6 @@ def inspect_table(adapter: Adapter | Sequence[Adapter]) -> pd.DataFrame:
     for item in as_adapters(adapter):
         for name, module in item.modules.items():
             d_out, d_in = module.shape
-            flags = ["unknown-scale"] * (module.scale_source == "unknown") + ["r>d"] * (module.r > min(d_out, d_in))
             rows.append(
                 {
                     "adapter": item.source,
@@ -34,7 +33,7 @@ def inspect_table(adapter: Adapter | Sequence[Adapter]) -> pd.DataFrame:
                     "r": module.r,
                     "scale": module.scale,
                     "scale_source": module.scale_source,
-                    "flags": " ".join(flags),
+                    "flags": " ".join(module_flags(module)),
                 }
             )
     return frame(rows, COLUMNS)

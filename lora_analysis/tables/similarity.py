@@ -25,6 +25,7 @@ from lora_analysis.errors import LoraAnalysisError, UndefinedUpdateError
 from lora_analysis.measures import precision, spectrum
 from lora_analysis.measures.null import SimilarityNull, similarity_null
 from lora_analysis.measures.subspace import subspace_similarity
+from lora_analysis.tables.frames import module_flags
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.update import LowRankUpdate, Update, factors, with_scale
 
@@ -188,8 +189,7 @@ class _Grid:
 
 def _subspaces(adapter: Adapter, name: str, target: Which) -> _Subspaces:
     module = adapter.modules[name]
-    flags = ["unknown-scale"] * (target == "update" and module.scale_source == "unknown")
-    flags += ["r>d"] * (module.r > min(module.shape))
+    flags = [word for word in module_flags(module) if target == "update" or word != "unknown-scale"]
     update = adapter[name]
     if module.scale_source == "unknown":
         update = with_scale(update, 1.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_analysis.adapter import Adapter
 from lora_analysis.errors import UndefinedUpdateError
 from lora_analysis.measures import precision, spectrum
-from lora_analysis.tables.frames import as_adapters, frame
+from lora_analysis.tables.frames import as_adapters, frame, module_flags
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.update import LowRankUpdate, Update, with_scale
 
@@ -94,7 +94,7 @@ def _row(adapter: Adapter, name: str) -> dict[str, Any]:
         "singular_values": None,
         "noise_floors": None,
     }
-    flags = ([] if known else ["unknown-scale"]) + ["r>d"] * (module.r > min(module.shape))
+    flags = module_flags(module)
     update = adapter[name]
     try:
         S, floors = singular_values_and_floors(update if known else with_scale(update, 1.0))

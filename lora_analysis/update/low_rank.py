@@ -1,32 +1,20 @@
-"""Updates: matrices ΔW known by a structure that gives their SVD without forming them.
+"""A product of two thin factors, and its decomposition without the product.
 
-Conventions
------------
-``ΔW = scale · up @ down``, with ``up`` (d_out, r) the paper's B and ``down`` (r, d_in) its A; ΔW is
-(d_out, d_in), oriented as ``torch.nn.Linear.weight``. Factors stay in the dtype they were stored in;
-every number is computed in float64.
-
-Values
-------
-``Svd``, ``Update`` (the protocol), ``LowRankUpdate``, ``DenseUpdate``.
-
-References
-----------
-Hu et al. 2021, arXiv:2106.09685. The QR route is standard (Golub and Van Loan, *Matrix Computations*,
-5.4); the certified Gram route rests on Demmel's bound for Cholesky of a diagonally scaled matrix
-(Higham, *Accuracy and Stability of Numerical Algorithms*, theorem 10.5).
+The QR route is standard; the certified Gram route rests on Demmel's bound for Cholesky of a diagonally scaled
+matrix.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_analysis.errors import UndefinedUpdateError, UnsupportedAdapterError
+from lora_analysis.update.protocol import Svd, Update, require_known_scale, require_matrix, rounding_error
 
 CERTIFIED_CONDITION = 1e3
 """Largest condition number of a column-scaled factor for which the Gram route is used: its relative
@@ -40,108 +28,6 @@ _GRAM_BLOCK = 2**16
 
 _CANCELLATION = 1e-6
 """‖ΔW‖²/(Σ‖b_k‖‖a_k‖)² below which the Gram formula of the norm has lost digits and QR takes over."""
-
-
-class Svd(NamedTuple):
-    """A compact singular value decomposition, named and oriented as ``torch.linalg.svd``'s."""
-
-    U: Tensor
-    """Shape (d_out, k): left singular vectors, the output side, as orthonormal columns."""
-    S: Tensor
-    """Shape (k,): singular values, descending."""
-    Vh: Tensor
-    """Shape (k, d_in): right singular vectors, the input side, as orthonormal *rows*."""
-
-    @property
-    def V(self) -> Tensor:
-        """Shape (d_in, k): the right singular vectors as columns, a basis like ``U``."""
-        return self.Vh.mT
-
-    def top(self, k: int) -> Svd:
-        """The first k singular triples: the best rank-k part (Eckart-Young)."""
-        return Svd(self.U[:, :k], self.S[:k], self.Vh[:k])
-
-
-class Update(Protocol):
-    """What measures and tables rely on; nothing else."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d_out, d_in)."""
-
-    @property
-    def r(self) -> int:
-        """The declared inner dimension; the rank of ΔW can be lower."""
-
-    @property
-    def scale(self) -> float:
-        """The factor before the product; NaN where the file does not say."""
-
-    @property
-    def eps(self) -> float:
-        """Relative rounding error (rms) of the stored numbers; NaN if unknown."""
-
-    def norm(self) -> float:
-        """Frobenius norm of ΔW, without an SVD."""
-
-    def singular_values(self) -> Tensor:
-        """Singular values of ΔW, shape (min(r, d_out, d_in),), descending, float64."""
-
-    def svd(self, k: int | None = None) -> Svd:
-        """Compact SVD of ΔW in float64, the first k triples if k is given."""
-
-    def dense(self) -> Tensor:
-        """ΔW itself, shape (d_out, d_in), float64."""
-
-
-UpdateT = TypeVar("UpdateT", bound=Update)
-
-
-def rounding_error(dtype: torch.dtype) -> float:
-    """Relative rounding error (rms) of numbers stored in a floating dtype.
-
-    ``eps · sqrt(3 / (8 ln 2) / 12)``: an error uniform over one spacing, relative to numbers whose
-    mantissa is log-uniform. 1.66e-3 for bfloat16, 2.07e-4 for float16, 2.53e-8 for float32.
-
-    Parameters
-    ----------
-    dtype : torch.dtype
-        A floating dtype.
-
-    Returns
-    -------
-    float
-        Dimensionless.
-
-    Examples
-    --------
-    >>> f"{rounding_error(torch.bfloat16):.3e}"
-    '1.659e-03'
-    """
-    return torch.finfo(dtype).eps * math.sqrt(3 / (8 * math.log(2)) / 12)
-
-
-def with_scale(update: UpdateT, scale: float) -> UpdateT:
-    """The same update under another scale, sharing its tensors.
-
-    With ``scale=1`` it gives the scale-free figures of an update whose scale is unknown.
-    """
-    return replace(update, scale=scale)  # type: ignore[type-var]  # every kind of update is a dataclass
-
-
-def _require_matrix(name: str, tensor: Tensor) -> None:
-    if tensor.ndim != 2:
-        raise ValueError(f"{name}: expected a matrix, got shape {tuple(tensor.shape)}.")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected floating-point numbers, got {tensor.dtype}.")
-
-
-def _require_known_scale(scale: float) -> None:
-    if math.isnan(scale):
-        raise UndefinedUpdateError(
-            "the scale of this update is unknown, so its norm and singular values are too. Pass alpha= "
-            "when loading it, or use with_scale(update, 1.0) for figures that do not depend on scale."
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,8 +65,8 @@ class LowRankUpdate:
     stored_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        _require_matrix("up", self.up)
-        _require_matrix("down", self.down)
+        require_matrix("up", self.up)
+        require_matrix("down", self.down)
         if self.up.shape[1] != self.down.shape[0]:
             raise ValueError(
                 f"expected up (d_out, r) and down (r, d_in) to share r, "
@@ -288,7 +174,7 @@ class LowRankUpdate:
 
     def dense(self) -> Tensor:
         """ΔW itself, shape (d_out, d_in), float64."""
-        _require_known_scale(self.scale)
+        require_known_scale(self.scale)
         up, down = self._tall()
         return self.scale * (up.double() @ down.mT.double())
 
@@ -298,7 +184,7 @@ class LowRankUpdate:
 
     def _grams(self) -> tuple[Tensor, Tensor]:
         """``up.T @ up`` and ``down @ down.T`` in float64, of factors that have a spectrum."""
-        _require_known_scale(self.scale)
+        require_known_scale(self.scale)
         gram_up, gram_down = (_gram(factor) for factor in self._tall())
         if not bool((gram_up.diagonal().isfinite() & gram_down.diagonal().isfinite()).all()):
             raise UndefinedUpdateError("the factors of this update hold NaN or infinities, so it has no spectrum.")
@@ -371,78 +257,6 @@ def _thin_qr(factor: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return basis, second.inverse, second.R @ first.R
     Q, R = torch.linalg.qr(factor)
     return Q, torch.eye(Q.shape[1], dtype=Q.dtype, device=Q.device), R
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DenseUpdate:
-    """An update held as a full matrix: the difference of two checkpoints, or DoRA's true update.
-
-    Parameters
-    ----------
-    matrix : Tensor, shape (d_out, d_in)
-    scale : float
-        Multiplies the matrix; 1 for a plain difference.
-    declared_r : int, optional
-        The inner dimension its file declares, min(d_out, d_in) if there is none.
-    stored_dtype : torch.dtype, optional
-        The dtype of the file, where the matrix was computed from stored numbers.
-    """
-
-    matrix: Tensor
-    scale: float = 1.0
-    declared_r: int | None = None
-    stored_dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        _require_matrix("matrix", self.matrix)
-
-    def __repr__(self) -> str:
-        d_out, d_in = self.shape
-        return f"DenseUpdate({d_out}x{d_in}, scale={self.scale:g}, {self.matrix.dtype})"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d_out, d_in)."""
-        return self.matrix.shape[0], self.matrix.shape[1]
-
-    @property
-    def r(self) -> int:
-        """The declared inner dimension; the smaller side of the matrix if there is none."""
-        return min(self.shape) if self.declared_r is None else self.declared_r
-
-    @property
-    def eps(self) -> float:
-        """Relative rounding error (rms) of the stored numbers."""
-        return rounding_error(self.matrix.dtype if self.stored_dtype is None else self.stored_dtype)
-
-    @property
-    def finite(self) -> bool:
-        """Whether the matrix holds no NaN and no infinity."""
-        return bool(self.matrix.isfinite().all())
-
-    def norm(self) -> float:
-        """Frobenius norm."""
-        return float(self._finite_matrix().norm())
-
-    def singular_values(self) -> Tensor:
-        """Singular values, shape (min(d_out, d_in),), descending, float64."""
-        S: Tensor = torch.linalg.svdvals(self._finite_matrix())
-        return S
-
-    def svd(self, k: int | None = None) -> Svd:
-        """Compact SVD in float64, the first k triples if k is given."""
-        U, S, Vh = torch.linalg.svd(self._finite_matrix(), full_matrices=False)
-        return Svd(U[:, :k], S[:k], Vh[:k])
-
-    def dense(self) -> Tensor:
-        """The matrix, scaled, in float64."""
-        _require_known_scale(self.scale)
-        return self.scale * self.matrix.detach().double()
-
-    def _finite_matrix(self) -> Tensor:
-        if not self.finite:
-            raise UndefinedUpdateError("the matrix of this update holds NaN or infinities.")
-        return self.dense()
 
 
 def factors(update: Update) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,67 @@
+"""What a checkpoint is to everything that reads one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Checkpoint(Protocol):
+    """A lazy mapping from tensor names to tensors."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The header's own strings, as found."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, without reading it."""
+
+
+def nbytes(checkpoint: Checkpoint, name: str) -> int:
+    """Size of a tensor in bytes, without reading it."""
+    count = 1
+    for length in checkpoint.shape(name):
+        count *= length
+    return count * checkpoint.dtype(name).itemsize
+
+
+class StateDict:
+    """A checkpoint that is already in memory: a state dict, or a torch file mapped into memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+        self._tensors = dict(tensors)
+        self.metadata: Mapping[str, str] = dict(metadata or {})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor."""
+        return self._tensors[name].dtype
