@@ -20,6 +20,7 @@ are made by ``lora_analysis.training``; ``lora_analysis.plots`` draws the paper'
 
 from lora_analysis.adapter import Adapter, Target
 from lora_analysis.base import BaseWeights, load_base
+from lora_analysis.diff import diff
 from lora_analysis.errors import (
     AdapterFormatError,
     BaseWeightsError,
@@ -48,11 +49,13 @@ from lora_analysis.measures.subspace import (
 from lora_analysis.tables import (
     amplification_table,
     inspect_table,
+    magnitude_table,
     similarity_table,
     spectrum_table,
+    truncation_table,
     write_table,
 )
-from lora_analysis.update import DenseUpdate, LowRankUpdate, Svd, Update, with_scale
+from lora_analysis.update import DenseUpdate, KroneckerUpdate, LowRankUpdate, Svd, Update, with_scale
 
 __version__ = "0.1.0"
 
@@ -63,6 +66,7 @@ __all__ = [
     "BaseWeightsError",
     "CheckpointError",
     "DenseUpdate",
+    "KroneckerUpdate",
     "LoraAnalysisError",
     "LowRankUpdate",
     "Svd",
@@ -71,6 +75,7 @@ __all__ = [
     "UnsupportedAdapterError",
     "Update",
     "amplification_table",
+    "diff",
     "effective_rank",
     "effective_rank_energy",
     "energy_rank",
@@ -78,6 +83,7 @@ __all__ = [
     "inspect_table",
     "load_adapter",
     "load_base",
+    "magnitude_table",
     "nuclear_ratio",
     "numerical_rank",
     "participation_ratio",
@@ -89,6 +95,7 @@ __all__ = [
     "spectrum_table",
     "stable_rank",
     "subspace_similarity",
+    "truncation_table",
     "with_scale",
     "write_table",
 ]

@@ -76,11 +76,16 @@ class Module:
         Reads the factors and returns the update.
     flags : tuple of str
         What tables say about it in every row: ``dora-low-rank-part`` where a magnitude rescales the merged weight
-        and the update is only the product, ``ambiguous-layout`` where the file allows another reading.
+        and the update is only the product, ``less-initial`` where the product that training began with is taken off,
+        ``ambiguous-layout`` where the file allows another reading.
     magnitude : callable, optional
         Reads DoRA's magnitude vector, shape (d_out,) or, where ``magnitude_axis`` is 0, (d_in,).
     magnitude_axis : int
         The axis of (d_out, d_in) that the norms run over: 1 gives one magnitude per output row, as in PEFT.
+    truncation_error : float
+        Frobenius norm of what was cut off from the matrix this stands for; 0 where nothing was.
+    embedding : bool
+        Whether it is known to be an embedding table's, (dim, vocab), and not a linear layer's.
     """
 
     shape: tuple[int, int]
@@ -93,6 +98,8 @@ class Module:
     flags: tuple[str, ...] = ()
     magnitude: Callable[[], Tensor] | None = None
     magnitude_axis: int = 1
+    truncation_error: float = 0.0
+    embedding: bool = False
 
     def __post_init__(self) -> None:
         if self.scale_source not in get_args(ScaleSource):

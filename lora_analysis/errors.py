@@ -5,7 +5,9 @@
     LoraAnalysisError
     ├── CheckpointError            a file of tensors cannot be read: missing, truncated, foreign, unsafe
     ├── AdapterFormatError         an adapter breaks the rules of its own format
-    ├── UnsupportedAdapterError    a known format or kind of update that is not read (yet), named
+    ├── UnsupportedAdapterError    a known format or kind of update that is not read, named
+    │   ├── MutatedBaseError       its initialisation moved the base, and the initial factors are not given
+    │   └── AmbiguousAdapterError  its tensors allow two readings, and nothing given decides
     ├── BaseWeightsError           the base model lacks a matrix, or its shape does not fit the update
     └── UndefinedUpdateError       a number was asked for that the update does not define:
                                    its scale is unknown, or its factors hold NaN or infinities
@@ -28,6 +30,14 @@ class AdapterFormatError(LoraAnalysisError):
 
 class UnsupportedAdapterError(LoraAnalysisError):
     """A format or kind of update that is recognised, named, and not read."""
+
+
+class MutatedBaseError(UnsupportedAdapterError):
+    """The update needs the factors that training started from, because they were subtracted from the base."""
+
+
+class AmbiguousAdapterError(UnsupportedAdapterError):
+    """The tensors allow more than one reading, and neither the file nor the caller decides."""
 
 
 class BaseWeightsError(LoraAnalysisError):

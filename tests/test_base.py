@@ -338,7 +338,7 @@ def test_a_missing_shard_is_an_error_of_this_package(tmp_path: Path) -> None:
         base.matrix(Target("h.1.mlp.c_fc.weight"))
 
 
-def test_revisions_are_not_read_yet() -> None:
+def test_only_repositories_of_the_hub_have_revisions() -> None:
     with pytest.raises(ValueError, match="revision: expected None"):
         load_base({}, revision="main")
 

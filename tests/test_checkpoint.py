@@ -426,7 +426,7 @@ def test_the_code_a_pickle_asks_for_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ([torch.ones(2), torch.ones(2)], "a list: a bare list of tensors, as cloneofsimo's LoRA writes"),
+        ([], r"a list\."),
         ([torch.ones(2), 3], r"a list\."),
         (torch.ones(2), "a Tensor"),
         ({0: torch.ones(2)}, "a dict without named tensors"),
@@ -434,7 +434,7 @@ def test_the_code_a_pickle_asks_for_is_named(tmp_path: Path) -> None:
         ({"model": [torch.ones(2)]}, "a dict without named tensors"),
         (3, "a int"),
     ],
-    ids=["list", "mixed list", "tensor", "numbered", "settings", "nested list", "number"],
+    ids=["empty list", "mixed list", "tensor", "numbered", "settings", "nested list", "number"],
 )
 def test_a_torch_file_without_named_tensors_is_refused(tmp_path: Path, content: object, found: str) -> None:
     torch.save(content, tmp_path / "model.pt")

@@ -15,8 +15,8 @@ LEVELS = [
     {"update", "checkpoint"},
     {"adapter", "measures"},
     {"base"},
-    {"formats", "training"},
-    {"tables"},
+    {"formats", "training", "diff"},
+    {"convert", "lint", "tables"},
     {"plots"},
     {"study"},
     {"cli"},
@@ -63,7 +63,7 @@ def test_public_names_are_sorted_complete_and_there():
 
 def test_importing_the_package_pulls_in_no_heavy_library():
     code = "import sys, lora_analysis; print([m for m in ('matplotlib', 'transformers', 'plotly', 'dask', 'peft', "
-    code += "'rich', 'typer') if m in sys.modules])"
+    code += "'rich', 'typer', 'fsspec', 'huggingface_hub', 'aiohttp', 'gguf') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -509,12 +509,13 @@ def test_eps_of_normal_numbers_is_close_to_the_log_uniform_law() -> None:
     assert rms == pytest.approx(rounding_error(torch.bfloat16), rel=5e-3)
 
 
-def test_eps_is_of_the_coarser_factor_or_of_the_file() -> None:
+def test_eps_is_of_the_coarser_factor_or_as_stated() -> None:
     up, down = torch.ones(2, 1), torch.ones(1, 2, dtype=torch.float16)
     assert LowRankUpdate(up, down, 1.0).eps == rounding_error(torch.float16)
-    assert LowRankUpdate(up, down, 1.0, stored_dtype=torch.bfloat16).eps == rounding_error(torch.bfloat16)
+    assert LowRankUpdate(up, down, 1.0, stored_eps=1e-3).eps == 1e-3
+    assert math.isnan(LowRankUpdate(up, down, 1.0, stored_eps=math.nan).eps)
     assert DenseUpdate(torch.ones(2, 2)).eps == rounding_error(torch.float32)
-    assert DenseUpdate(torch.ones(2, 2), stored_dtype=torch.float16).eps == rounding_error(torch.float16)
+    assert DenseUpdate(torch.ones(2, 2), stored_eps=1e-3).eps == 1e-3
 
 
 def test_a_dense_update_has_the_values_of_its_matrix() -> None:

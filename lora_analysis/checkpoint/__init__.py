@@ -1,4 +1,4 @@
-"""Files of named tensors, opened lazily: safetensors or torch's own, one file or many behind an index.
+"""Files of named tensors, opened lazily: safetensors, torch's own, GGUF or npz, one file or many behind an index.
 
 Conventions
 -----------
@@ -8,15 +8,28 @@ allocated, pickles are opened with ``weights_only=True``, and the shards of an i
 
 Values
 ------
-``Checkpoint`` (the protocol), ``SafetensorsFile``, ``StateDict``, ``Shards``; ``open_checkpoint`` chooses.
+``Checkpoint`` (the protocol), ``SafetensorsFile``, ``StateDict``, ``GGUFFile``, ``NpzFile``, ``Shards``;
+``open_checkpoint`` chooses.
 
 References
 ----------
 The safetensors format: https://huggingface.co/docs/safetensors.
 """
 
+from lora_analysis.checkpoint.gguf_file import GGUFFile
+from lora_analysis.checkpoint.npz_file import NpzFile
 from lora_analysis.checkpoint.opening import Shards, open_checkpoint, read_json
 from lora_analysis.checkpoint.protocol import Checkpoint, StateDict, nbytes
 from lora_analysis.checkpoint.safetensors_file import SafetensorsFile
 
-__all__ = ["Checkpoint", "SafetensorsFile", "Shards", "StateDict", "nbytes", "open_checkpoint", "read_json"]
+__all__ = [
+    "Checkpoint",
+    "GGUFFile",
+    "NpzFile",
+    "SafetensorsFile",
+    "Shards",
+    "StateDict",
+    "nbytes",
+    "open_checkpoint",
+    "read_json",
+]

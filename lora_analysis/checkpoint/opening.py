@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -12,14 +14,19 @@ import torch
 from torch import Tensor
 
 from lora_analysis.checkpoint.diagnosis import TORCH_SUFFIXES, is_file, one_line, what_is
-from lora_analysis.checkpoint.protocol import Checkpoint, StateDict
+from lora_analysis.checkpoint.gguf_file import GGUFFile
+from lora_analysis.checkpoint.npz_file import NpzFile
+from lora_analysis.checkpoint.protocol import Checkpoint, rows
 from lora_analysis.checkpoint.safetensors_file import SafetensorsFile
 from lora_analysis.checkpoint.torch_file import load_torch, looks_like_torch
 from lora_analysis.errors import CheckpointError
 
+_OTHERS = {".safetensors", ".npz", *TORCH_SUFFIXES}
+"""Names that promise something else than GGUF, which a file without any, as in a hub's cache, may be."""
+
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """A lazy checkpoint over a file: safetensors, torch (``.bin .pt .pth .ckpt``), or an index of shards.
+    """A lazy checkpoint over a file: safetensors, torch (``.bin .pt .pth .ckpt``), GGUF, npz, or an index of shards.
 
     What a file is, its content decides; a safetensors file under a torch name still opens.
 
@@ -40,11 +47,31 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file.")
-    if path.name.endswith(".index.json"):
+    if is_index(path.name):
         return Shards(path)
+    if path.suffix == ".gguf" or (path.suffix not in _OTHERS and _begins_with(path, b"GGUF")):
+        return GGUFFile(path)
+    if path.suffix == ".npz":
+        return NpzFile(path)
     if path.suffix in TORCH_SUFFIXES and looks_like_torch(path):
-        return StateDict(load_torch(path))
+        return load_torch(path)
     return SafetensorsFile(path)
+
+
+def is_index(name: str) -> bool:
+    """Whether a file is an index of shards, by its name: ``….index.json``, or diffusers' ``….index.fp16.json``.
+
+    Examples
+    --------
+    >>> is_index("model.safetensors.index.json"), is_index("model_index.json")
+    (True, False)
+    """
+    return re.search(r"\.index(\.[\w-]+)?\.json\Z", name) is not None
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,17 +109,22 @@ class Shards:
 
     def __init__(self, index: str | os.PathLike[str]) -> None:
         self.index = Path(index)
-        content = read_json(self.index)
-        weight_map = content.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise CheckpointError(f"{self.index}: expected a 'weight_map' of tensor names to file names.")
-        self._files: dict[str, str] = weight_map
-        for name in sorted(set(weight_map.values())):
-            _require_confined(self.index, name)
+        self._begin(str(self.index), shard_files(read_json(self.index), str(self.index)))
+        for name in self.files:
             if not is_file(self.index.parent / name):
                 raise CheckpointError(f"{self.index}: expected the shard {name!r} beside it, found none.")
+
+    def _begin(self, where: str, files: dict[str, str]) -> None:
+        self._where = where
+        self._files = files
         self._open: dict[str, Checkpoint] = {}
+        self._opening = threading.Lock()
         self.metadata: Mapping[str, str] = {}
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the files, sorted."""
+        return tuple(sorted(set(self._files.values())))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Shards, (self.index,)
@@ -109,6 +141,10 @@ class Shards:
     def __getitem__(self, name: str) -> Tensor:
         return self._shard(name)[name]
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Part of a tensor along its first axis."""
+        return rows(self._shard(name), name, start, stop)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its shard's header."""
         return self._shard(name).shape(name)
@@ -119,18 +155,38 @@ class Shards:
 
     def _shard(self, name: str) -> Checkpoint:
         file = self._files[name]
-        if file not in self._open:
-            self._open[file] = open_checkpoint(self.index.parent / file)
+        with self._opening:
+            if file not in self._open:
+                self._open[file] = self._opened(file)
         shard = self._open[file]
         if name not in shard:
-            raise CheckpointError(f"{self.index}: expected {name!r} in {file!r}, it is not there.")
+            raise CheckpointError(f"{self._where}: expected {name!r} in {file!r}, it is not there.")
         return shard
 
+    def _opened(self, file: str) -> Checkpoint:
+        return open_checkpoint(self.index.parent / file)
 
-def _require_confined(index: Path, name: str) -> None:
+
+def shard_files(index: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Tensor names to file names, as an index of shards says, all of them inside its folder.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such map, or it names a file elsewhere.
+    """
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{where}: expected a 'weight_map' of tensor names to file names.")
+    for name in sorted(set(weight_map.values())):
+        _require_confined(where, name)
+    return weight_map
+
+
+def _require_confined(index: str, name: str) -> None:
     # Lexical, because hub caches hold shards as links that point elsewhere on purpose.
     parts = PurePosixPath(name).parts + PureWindowsPath(name).parts
     if not name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
         raise CheckpointError(f"{index}: expected shards inside its folder, got {name!r}.")
-    if name.endswith(".index.json"):
+    if is_index(name):
         raise CheckpointError(f"{index}: expected shards of tensors, got another index, {name!r}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,21 @@ def nbytes(checkpoint: Checkpoint, name: str) -> int:
     for length in checkpoint.shape(name):
         count *= length
     return count * checkpoint.dtype(name).itemsize
+
+
+@runtime_checkable
+class HasRows(Protocol):
+    """A checkpoint that reads part of a tensor without the rest of it."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Part of a tensor along its first axis."""
+
+
+def rows(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Tensor:
+    """Part of a tensor along its first axis, read without the rest where the checkpoint can."""
+    if isinstance(checkpoint, HasRows):
+        return checkpoint.rows(name, start, stop)
+    return checkpoint[name][start:stop]
 
 
 class StateDict:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_analysis.checkpoint.diagnosis import one_line, what_is
 from lora_analysis.errors import CheckpointError
 
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -31,6 +31,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+"""The format's names of the dtypes that torch has."""
 
 
 class SafetensorsFile:
@@ -76,6 +77,12 @@ class SafetensorsFile:
         tensor: Tensor = self._handle.get_tensor(name)
         return tensor
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Part of a tensor along its first axis."""
+        self._require(name)
+        tensor: Tensor = self._handle.get_slice(name)[start:stop]
+        return tensor
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
         self._require(name)
@@ -85,9 +92,9 @@ class SafetensorsFile:
         """Dtype of a tensor, from the header."""
         self._require(name)
         code = self._handle.get_slice(name).get_dtype()
-        if code not in _DTYPES:
+        if code not in DTYPES:
             raise CheckpointError(f"{self.path}: {name!r}: expected a dtype torch knows, got {code!r}.")
-        return _DTYPES[code]
+        return DTYPES[code]
 
     def _require(self, name: str) -> None:
         if name not in self._known:

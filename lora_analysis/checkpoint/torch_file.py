@@ -13,13 +13,21 @@ import torch
 from torch import Tensor
 
 from lora_analysis.checkpoint.diagnosis import what_is
+from lora_analysis.checkpoint.protocol import StateDict
 from lora_analysis.errors import CheckpointError
 
 _NESTED_KEYS = ("state_dict", "model_state_dict", "model", "module")
 
 
-def load_torch(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a torch file, mapped into memory where it is a zip archive."""
+LIST = {"container": "list"}
+"""The metadata of a file that is a bare list of tensors, which are called by their positions in it."""
+
+
+def load_torch(path: Path) -> StateDict:
+    """The tensors of a torch file, mapped into memory where it is a zip archive.
+
+    A file without names, a bare list of tensors as cloneofsimo's LoRA writes, gives ``"0"``, ``"1"``, ….
+    """
     try:
         with warnings.catch_warnings():
             # torch warns about pickle protocols that its restricted reader then refuses or reads anyway, and about
@@ -40,7 +48,11 @@ def load_torch(path: Path) -> dict[str, Tensor]:
         # What torch raises on a damaged archive depends on where the damage lies (AssertionError,
         # struct.error and BadZipFile among others), and none of it is about this program.
         raise CheckpointError(f"{path}: expected a torch file, got {what_is(path)}. Fetch it again.") from error
-    return _named_tensors(path, loaded)
+    if isinstance(loaded, list) and loaded and all(isinstance(value, Tensor) for value in loaded):
+        numbered = {str(position): tensor for position, tensor in enumerate(loaded)}
+        _require_dense(path, numbered)
+        return StateDict(numbered, LIST)
+    return StateDict(_named_tensors(path, loaded))
 
 
 def _torch_load(path: Path) -> object:
@@ -52,11 +64,6 @@ def _torch_load(path: Path) -> object:
 
 def _named_tensors(path: Path, loaded: object, levels: int = 4) -> dict[str, Tensor]:
     """The tensors of a state dict, which may lie some levels deep (a pickled dict can hold itself)."""
-    if isinstance(loaded, list) and loaded and all(isinstance(value, Tensor) for value in loaded):
-        raise CheckpointError(
-            f"{path}: expected a mapping of names to tensors, got a list: a bare list of tensors, as cloneofsimo's "
-            "LoRA writes, which is not read yet."
-        )
     if isinstance(loaded, Mapping):
         tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
         # Trainers keep scores and counters as tensors beside the state dict; those have no dimensions.

@@ -24,8 +24,12 @@ import typer
 
 from lora_analysis.cli.amplify import amplify
 from lora_analysis.cli.compare import compare, layers
+from lora_analysis.cli.convert import convert
 from lora_analysis.cli.demo import demo
+from lora_analysis.cli.diff import diff
 from lora_analysis.cli.inspect import inspect
+from lora_analysis.cli.lint import lint
+from lora_analysis.cli.magnitude import magnitude
 from lora_analysis.cli.output import plain_text
 from lora_analysis.cli.spectrum import spectrum
 from lora_analysis.errors import LoraAnalysisError
@@ -39,7 +43,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect, spectrum, compare, layers, amplify, demo):
+for command in (inspect, lint, convert, spectrum, compare, layers, amplify, magnitude, diff, demo):
     app.command()(command)
 
 

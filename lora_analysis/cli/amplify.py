@@ -32,6 +32,9 @@ def amplify(
     alpha: options.Alpha = None,
     split: options.Split = None,
     name: options.Name = None,
+    initial: options.Initial = None,
+    heads: options.Heads = None,
+    pattern: options.Pattern = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     out: options.Out = None,
@@ -43,7 +46,16 @@ def amplify(
     """
     weights = load_base(base, device=device)
     opened = options.open_adapters(
-        adapters, format=format, alpha=alpha, base=weights, split=split, name=name, device=device
+        adapters,
+        format=format,
+        alpha=alpha,
+        base=weights,
+        split=split,
+        name=name,
+        initial=initial,
+        heads=heads,
+        pattern=pattern,
+        device=device,
     )
     table = amplification_table(
         opened,

@@ -38,6 +38,9 @@ def compare(
     base: options.Base = None,
     split: options.Split = None,
     name: options.Name = None,
+    initial: options.Initial = None,
+    heads: options.Heads = None,
+    pattern: options.Pattern = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     out: options.Out = None,
@@ -54,6 +57,9 @@ def compare(
         base=options.open_base(base, device),
         split=split,
         name=name,
+        initial=initial,
+        heads=heads,
+        pattern=pattern,
         device=device,
     )
     _compare(opened, pairs, out, as_json, target=target, cells=cells, draws=draws, seed=seed, workers=workers)
@@ -71,6 +77,9 @@ def layers(
     base: options.Base = None,
     split: options.Split = None,
     name: options.Name = None,
+    initial: options.Initial = None,
+    heads: options.Heads = None,
+    pattern: options.Pattern = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     out: options.Out = None,
@@ -91,6 +100,9 @@ def layers(
         base=options.open_base(base, device),
         split=split,
         name=name,
+        initial=initial,
+        heads=heads,
+        pattern=pattern,
         device=device,
     )
     _compare(opened, pairs, out, as_json, target=target, cells=cells, draws=draws, seed=seed, workers=workers)

@@ -19,6 +19,9 @@ def inspect(
     base: options.Base = None,
     split: options.Split = None,
     name: options.Name = None,
+    initial: options.Initial = None,
+    heads: options.Heads = None,
+    pattern: options.Pattern = None,
     device: options.Device = "cpu",
     as_json: options.AsJson = False,
 ) -> None:
@@ -28,7 +31,16 @@ def inspect(
     """
     opened_base = options.open_base(base, device)
     (opened,) = options.open_adapters(
-        [adapter], format=format, alpha=alpha, base=opened_base, split=split, name=name, device=device
+        [adapter],
+        format=format,
+        alpha=alpha,
+        base=opened_base,
+        split=split,
+        name=name,
+        initial=initial,
+        heads=heads,
+        pattern=pattern,
+        device=device,
     )
     table = inspect_table(opened).drop(columns="adapter")
     if as_json:

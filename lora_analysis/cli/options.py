@@ -42,6 +42,11 @@ def _checked_split(value: str | None) -> str | None:
     return value
 
 
+def _checked_heads(value: str | None) -> str | None:
+    head_counts(value)
+    return value
+
+
 def _checked_device(value: str) -> str:
     """A device that is there and computes in float64, as all measures do."""
     try:
@@ -92,6 +97,20 @@ Split = Annotated[
     str | None,
     typer.Option(help="Adapted slots of a fused q,k,v weight (loralib), such as q,v.", callback=_checked_split),
 ]
+Initial = Annotated[
+    str | None, typer.Option(help="The adapter training started from, where it was subtracted from the base (PiSSA).")
+]
+Heads = Annotated[
+    str | None,
+    typer.Option(
+        help="Query and key-value heads, such as 32,8: undoes the rotary order of torchtune and GGUF.",
+        callback=_checked_heads,
+    ),
+]
+Pattern = Annotated[
+    str | None,
+    typer.Option(help="How tensors are called: 'down={module}.a up={module}.b', .T after a transposed one."),
+]
 Name = Annotated[str | None, typer.Option(help="Which adapter, where a folder or a file holds several.")]
 Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.", callback=_checked_device)]
 Out = Annotated[
@@ -129,6 +148,16 @@ def integers(text: str | None) -> list[int] | None:
     return found
 
 
+def head_counts(text: str | None) -> tuple[int, int] | None:
+    """Two positive integers between commas, or one that counts for both."""
+    counts = integers(text)
+    if counts is None:
+        return None
+    if len(counts) > 2:
+        raise typer.BadParameter(f"expected query and key-value heads, such as 32,8, got {text!r}.")
+    return counts[0], counts[-1]
+
+
 def module_pairs(pairs: Sequence[str] | None) -> Literal["same", "all"] | list[tuple[str, str]] | None:
     """A rule by its name, or the pairs of names that are written out."""
     if not pairs:
@@ -159,10 +188,24 @@ def open_adapters(
     base: BaseWeights | None,
     split: str | None,
     name: str | None,
+    initial: str | None,
+    heads: str | None,
+    pattern: str | None,
     device: str,
 ) -> list[Adapter]:
     """The adapters that arguments name, all with the same options."""
     return [
-        load_adapter(source, format=format, alpha=alpha, base=base, split=split, name=name, device=device)
+        load_adapter(
+            source,
+            format=format,
+            alpha=alpha,
+            base=base,
+            split=split,
+            name=name,
+            initial=initial,
+            heads=head_counts(heads),
+            pattern=pattern,
+            device=device,
+        )
         for source in sources
     ]

@@ -16,6 +16,9 @@ def spectrum(
     base: options.Base = None,
     split: options.Split = None,
     name: options.Name = None,
+    initial: options.Initial = None,
+    heads: options.Heads = None,
+    pattern: options.Pattern = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     out: options.Out = None,
@@ -32,6 +35,9 @@ def spectrum(
         base=options.open_base(base, device),
         split=split,
         name=name,
+        initial=initial,
+        heads=heads,
+        pattern=pattern,
         device=device,
     )
     table = spectrum_table(opened, workers=workers, progress=sys.stderr.isatty())

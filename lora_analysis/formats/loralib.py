@@ -1,4 +1,4 @@
-"""loralib (microsoft/LoRA): ``lora.lora_state_dict`` of Linear and MergedLinear layers.
+"""loralib (microsoft/LoRA): ``lora.lora_state_dict`` of Linear, MergedLinear, Embedding and Conv2d layers.
 
 Conventions
 -----------
@@ -8,9 +8,15 @@ is B's k-th block of rows times A's k-th block, in the k-th *enabled* slot. It c
 per block, ``<module>.q``, ``<module>.v``.
 
 lora_alpha is never in the file: without ``alpha=`` the scale is unknown. Which slots are enabled is not
-there either, but for old files with ``lora_ind``: ``split=`` says. A ``ConvLoRA`` looks like a Linear in its
-file; given ``base=`` it is recognised and refused. An ``Embedding``, A (r, vocab) and B (dim, r), is one: the
-map (dim, vocab) whose weight is stored transposed. Facts from ``loralib/layers.py`` and ``loralib/utils.py``.
+there either, but for old files with ``lora_ind``: ``split=`` says. An ``Embedding``, A (r, vocab) and B (dim, r),
+is a Linear in all but name: the map (dim, vocab), whose weight is stored transposed, as a base of that shape shows.
+
+A ``Conv2d`` holds A (r·k, in·k) and B (out/groups·k, r·k), and its ΔW is B·A *viewed* as (out, in/groups, k, k):
+in the unfolding (out, in/groups·k·k) that is no product of two factors of r columns, and a full matrix here. In its
+file it looks like a Linear; only ``base=`` with a kernel tells, so give one where there may be convolutions. loralib's
+``Conv1d`` and ``Conv3d`` have too many or too few numbers for any k but 1 and fail when run (microsoft/LoRA#115).
+
+Facts from ``loralib/layers.py`` and ``loralib/utils.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
 from lora_analysis.formats.ledger import unused_tensors
 from lora_analysis.formats.options import ReadOptions, Slots, parse_split
-from lora_analysis.update import LowRankUpdate
+from lora_analysis.update import DenseUpdate, LowRankUpdate
 
 NAME = "loralib"
 
@@ -76,9 +82,12 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
 
 
 def _blocks(checkpoint: Checkpoint, stem: str, module: str, options: ReadOptions) -> dict[str, Module]:
-    """The update of a Linear, or of each enabled slot of a MergedLinear."""
+    """The update of a Linear, an Embedding or a convolution, or of each enabled slot of a MergedLinear."""
     where = options.where
     shape_a, shape_b = checkpoint.shape(f"{stem}.lora_A"), checkpoint.shape(f"{stem}.lora_B")
+    tensor, in_base = (f"{module}.weight", None) if options.base is None else _base_tensor(options.base, module)
+    if in_base is not None and len(in_base) > 2:
+        return {module: _convolution(checkpoint, stem, module, Target(tensor, kernel=in_base[2:]), in_base, options)}
     _require_orientation(checkpoint, stem, module, options)
     if len(shape_a) != 2 or len(shape_b) != 2 or 0 in (shape_a[0], shape_b[1]) or shape_a[0] % shape_b[1]:
         raise AdapterFormatError(
@@ -93,7 +102,8 @@ def _blocks(checkpoint: Checkpoint, stem: str, module: str, options: ReadOptions
     keys = (f"{stem}.lora_A", f"{stem}.lora_B")
     if slots is None:
         whole = partial(_read_block, checkpoint, keys, (0, r), (0, shape_b[0]), scale, options.device)
-        target = Target(f"{module}.weight")
+        turned = in_base is not None and in_base[0] != in_base[1] and in_base == (shape_a[1], shape_b[0])
+        target = Target(tensor, transposed=turned)
         return {module: Module((shape_b[0], shape_a[1]), r, scale, source, target, keys, whole)}
     if shape_b[0] % groups:
         raise AdapterFormatError(
@@ -106,7 +116,7 @@ def _blocks(checkpoint: Checkpoint, stem: str, module: str, options: ReadOptions
             r=r,
             scale=scale,
             scale_source=source,
-            target=Target(f"{module}.weight", rows=(slot * height, (slot + 1) * height)),
+            target=Target(tensor, rows=(slot * height, (slot + 1) * height)),
             tensors=keys,
             read=partial(
                 _read_block,
@@ -120,6 +130,42 @@ def _blocks(checkpoint: Checkpoint, stem: str, module: str, options: ReadOptions
         )
         for block, (name, slot) in enumerate(zip(slots.names, slots.indices, strict=True))
     }
+
+
+def _base_tensor(base: BaseWeights, module: str) -> tuple[str, tuple[int, ...]]:
+    """The base's tensor of a module and its shape; loralib's own convolutions hold theirs one level down."""
+    plain, inner = f"{module}.weight", f"{module}.conv.weight"
+    if inner in base and plain not in base:  # asked for by its own name first: a base may end in any "conv.weight"
+        return inner, base.shape(inner)
+    return plain, base.shape(plain)
+
+
+def _convolution(
+    checkpoint: Checkpoint, stem: str, module: str, target: Target, weight: tuple[int, ...], options: ReadOptions
+) -> Module:
+    """The update of a loralib Conv2d, whose B·A is viewed as the kernel."""
+    keys = (f"{stem}.lora_A", f"{stem}.lora_B")
+    shape_a, shape_b = (checkpoint.shape(key) for key in keys)
+    k = weight[2]
+    fits = len(shape_a) == len(shape_b) == 2 and 0 not in (*shape_a, *shape_b, k) and shape_a[0] == shape_b[1]
+    if not fits or any(length % k for length in shape_a + shape_b):
+        raise AdapterFormatError(
+            f"{options.where}: {module!r}: expected lora_A (r·k, in·k) and lora_B (out/groups·k, r·k) on a kernel of "
+            f"{weight}, got {shape_a} and {shape_b}."
+        )
+    if set(weight[2:]) != {k} or shape_b[0] * shape_a[1] != math.prod(weight):
+        raise UnsupportedAdapterError(
+            f"{options.where}: {module!r}: lora_B·lora_A, {shape_b[0]}x{shape_a[1]}, cannot be viewed as its base "
+            f"tensor of shape {weight}: a convolution that loralib itself cannot run (only its Conv2d works), or none."
+        )
+    r = shape_a[0] // k
+    scale, source = _scale(options.alpha, r)
+    shape = (weight[0], math.prod(weight[1:]))
+    if shape == (shape_b[0], shape_a[1]):  # kernels of 1 without groups, where nothing is regrouped
+        product = partial(_read_block, checkpoint, keys, (0, r), (0, shape[0]), scale, options.device)
+        return Module(shape, r, scale, source, target, keys, product)
+    viewed = partial(_read_viewed, checkpoint, keys, shape, r, scale, options.device)
+    return Module(shape, r, scale, source, target, keys, viewed)
 
 
 def _require_orientation(checkpoint: Checkpoint, stem: str, module: str, options: ReadOptions) -> None:
@@ -178,11 +224,7 @@ def _slots(checkpoint: Checkpoint, stem: str, module: str, groups: int, options:
 def _base_rows(base: BaseWeights, module: str, d_in: int, where: str) -> int:
     """Output rows of the base matrix, whichever way it is stored."""
     shape = base.shape(f"{module}.weight")
-    if len(shape) != 2:
-        raise UnsupportedAdapterError(
-            f"{where}: {module!r}: LoRA on a base tensor of shape {shape} (a convolution?), which is not read yet."
-        )
-    if d_in not in shape:
+    if len(shape) != 2 or d_in not in shape:
         raise AdapterFormatError(
             f"{where}: {module!r}: expected a base matrix with {d_in} input columns, got {shape}. "
             "Is this the model the adapter was trained on?"
@@ -214,6 +256,19 @@ def _read_block(
 ) -> LowRankUpdate:
     down, up = (checkpoint[key].to(device) for key in keys)
     return LowRankUpdate(up[slice(*rows_b)], down[slice(*rows_a)], scale)
+
+
+def _read_viewed(
+    checkpoint: Checkpoint,
+    keys: tuple[str, str],
+    shape: tuple[int, int],
+    r: int,
+    scale: float,
+    device: torch.device,
+) -> DenseUpdate:
+    """B·A as loralib views it, in float64; entries of one product, whose rounding errors are not independent."""
+    down, up = (checkpoint[key].to(device).detach().double() for key in keys)
+    return DenseUpdate((up @ down).view(shape), scale, declared_r=r, stored_eps=math.nan)
 
 
 def _reason(key: str) -> str | None:

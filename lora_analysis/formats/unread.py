@@ -1,7 +1,4 @@
-"""Formats and kinds of update that are recognised, so that they can be refused by name.
-
-A reader takes the place of a line here when it is written.
-"""
+"""Kinds of update that are recognised, so that they can be refused by name: most are no additive low-rank updates."""
 
 from __future__ import annotations
 
@@ -12,49 +9,68 @@ from typing import Any
 from lora_analysis.checkpoint import Checkpoint
 
 _BY_KEY = (
-    ("LyCORIS LoHa", r"\.hada_w[12]"),
-    ("LyCORIS LoKr", r"\.lokr_w[12]"),
-    ("OFT or BOFT, a multiplicative update", r"\.oft_|\.boft_"),
-    ("LyCORIS LoCon with a Tucker core", r"\.lora_mid\.weight$"),
-    ("AdaLoRA", r"\.lora_E(\.|$)"),
-    ("VeRA", r"\.vera_lambda_|(^|\.)vera_[AB](\.|$)"),
+    ("OFT or BOFT, a multiplicative update", r"\.oft_(?!blocks|diag)|\.boft_"),
     ("IA3, which is no additive low-rank update", r"\.ia3_l(\.|$)"),
     ("UniLoRA, which shares one vector among all modules", r"unilora"),
-    ("LoRA on embeddings", r"\.lora_embedding_[AB](\.|$)"),
-    ("diffusers LoRA", r"\.lora\.(down|up)\.weight$|_lora\.(down|up)\.weight$|\.lora_linear_layer\."),
-    ("XLabs Flux LoRA", r"_lora\d?\.(down|up)\.weight$"),
-    ("kohya or LyCORIS LoRA", r"\.lora_(down|up)\.weight$"),
-    ("torchtune LoRA", r"\.lora_[ab]\.weight$"),
-    ("MLX or GGUF LoRA", r"\.lora_[ab]$"),
-    ("Sam_LoRA slices", r"^w_[ab]_\d+$"),
-    ("cloneofsimo LoRA", r"^(unet|text_encoder):\d+:(up|down)$"),
 )
-_NOT_LOW_RANK = {
-    "IA3": ", which is no additive low-rank update",
-    "UNILORA": ", which shares one vector among all modules",
-    "OFT": ", a multiplicative update",
-    "BOFT": ", a multiplicative update",
-    "PROMPT_TUNING": ", which changes no weight",
-    "PREFIX_TUNING": ", which changes no weight",
-    "P_TUNING": ", which changes no weight",
+PEFT_TYPES = {
+    "ADAMSS": "whose updates lie in subspaces of the base's own SVD",
+    "ADAPTION_PROMPT": "which changes no weight",
+    "BEFT": "which trains biases only",
+    "BOFT": "a multiplicative update",
+    "BONE": "whose update repeats one small matrix along the weight",
+    "C3A": "a block-circulant update, of full rank",
+    "CARTRIDGE": "which changes no weight",
+    "CPT": "which changes no weight",
+    "DEFT": "which projects the base's own weight",
+    "DELORA": "whose factors are normalised and scaled by norms of the base",
+    "FOURIERFT": "a sparse update in the Fourier domain",
+    "FROD": "which decomposes the weight anew in a basis that modules share",
+    "GLORA": "which scales the base's own weight as well",
+    "GRALORA": "with factors for every block of a weight",
+    "HIRA": "which multiplies the base's own weight by its product, entry by entry",
+    "HRA": "a multiplicative update",
+    "IA3": "which is no additive low-rank update",
+    "LILY": "which mixes shared factors token by token",
+    "LN_TUNING": "which trains norms only",
+    "MISS": "whose update repeats one small matrix along the weight",
+    "MULTITASK_PROMPT_TUNING": "which changes no weight",
+    "OFT": "a multiplicative update",
+    "OSF": "which moves the base's own singular directions",
+    "PEANUT": "a nonlinear function of the base's own weight",
+    "POLY": "which mixes several LoRAs task by task",
+    "PREFIX_TUNING": "which changes no weight",
+    "PROMPT_TUNING": "which changes no weight",
+    "PSOFT": "which rotates within the base's own principal subspace",
+    "PVERA": "whose update is drawn anew for every input",
+    "P_TUNING": "which changes no weight",
+    "RANDLORA": "a sum of random products, of full rank",
+    "ROAD": "which rotates activations, a multiplicative update",
+    "SHADOW": "a network beside the base, whose weights do not change",
+    "SHIRA": "a sparse update, of high rank",
+    "SUPERTUNING": "a sparse update of single entries",
+    "TINYLORA": "which moves the base's own singular directions",
+    "TRAINABLE_TOKENS": "which replaces rows of the embedding",
+    "UNILORA": "which shares one vector among all modules",
+    "VBLORA": "whose factors are mixed from one bank of vectors",
+    "WAVEFT": "a sparse update in the wavelet domain",
+    "XLORA": "which mixes several LoRAs token by token",
 }
-_DIFFUSERS_COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.")
+"""Kinds of adapter that PEFT writes beside those that ``formats.peft`` reads, each with what it is instead."""
+PEFT_READ = ("LORA", "ADALORA", "VERA", "LOHA", "LOKR")
 
 
 def recognised(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | None:
     """The name of a format or kind that is known and not read, or None."""
     peft_type = config.get("peft_type")
+    if isinstance(peft_type, str) and peft_type.upper() not in PEFT_READ:
+        return f"PEFT {peft_type}, {PEFT_TYPES.get(peft_type.upper(), 'a kind that is not known here')}"
     if isinstance(peft_type, str) and peft_type.upper() != "LORA":
-        return f"PEFT {peft_type}{_NOT_LOW_RANK.get(peft_type.upper(), '')}"
-    if "fine_tune_type" in config or "lora_parameters" in config:
-        return "MLX LoRA"
+        return None
     names = list(checkpoint)
     for title, pattern in _BY_KEY:
         if any(re.search(pattern, name) for name in names):
             return title
-    if not config and (
-        "lora_adapter_metadata" in checkpoint.metadata
-        or any(name.startswith(_DIFFUSERS_COMPONENTS) and ".lora_A." in name for name in names)
-    ):
-        return "diffusers LoRA"
+    if names and all(re.fullmatch(r"<.+>", name) for name in names):
+        return "learned token embeddings (textual inversion), which change no weight matrix"
     return None

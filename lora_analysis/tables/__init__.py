@@ -25,6 +25,8 @@ by spaces that say why a value is missing or weak:
     r exceeds the smaller side of the matrix.
 ``dora-low-rank-part``
     A magnitude rescales the merged weight (DoRA): the update is s·B·A alone; given the base it is the whole.
+``less-initial``
+    The product that training began with is taken off (``initial=``); r is the sum of both.
 ``ambiguous-layout``
     The file allows another reading of the same tensors; the adapter's notes say which.
 
@@ -32,19 +34,24 @@ Modules are worked on by a pool of threads with one BLAS thread each; results do
 
 Tables
 ------
-``inspect_table``, ``spectrum_table``, ``similarity_table``, ``amplification_table``; ``write_table``.
+``inspect_table``, ``spectrum_table``, ``similarity_table``, ``amplification_table``, ``magnitude_table``,
+``truncation_table``; ``write_table``.
 """
 
 from lora_analysis.tables.amplification import amplification_table
 from lora_analysis.tables.frames import write_table
 from lora_analysis.tables.inspection import inspect_table
+from lora_analysis.tables.magnitude import magnitude_table
 from lora_analysis.tables.similarity import similarity_table
 from lora_analysis.tables.spectrum import spectrum_table
+from lora_analysis.tables.truncation import truncation_table
 
 __all__ = [
     "amplification_table",
     "inspect_table",
+    "magnitude_table",
     "similarity_table",
     "spectrum_table",
+    "truncation_table",
     "write_table",
 ]

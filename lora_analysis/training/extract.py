@@ -24,10 +24,13 @@ from lora_analysis.training.inject import (
     require_unadapted,
 )
 from lora_analysis.training.layers import LoraLayer, lora_layers
+from lora_analysis.training.peft_model import extract_peft
 from lora_analysis.update import LowRankUpdate
 
 
-def extract(model: nn.Module, *, source: str = "model") -> Adapter:
+def extract(
+    model: nn.Module, *, source: str = "model", name: str | None = None, initial: Adapter | None = None
+) -> Adapter:
     """The updates of a model's LoRA layers, as an adapter like one read from a file.
 
     The factors are copies, on the model's device; later training does not move them. A merged model
@@ -36,27 +39,34 @@ def extract(model: nn.Module, *, source: str = "model") -> Adapter:
     Parameters
     ----------
     model : Module
-        A model adapted by ``inject`` or ``attach``.
+        A model adapted by ``inject`` or ``attach``, or by peft's LoRA. In peft's the layers' own scales count,
+        also where they were changed (``set_scale``), and the live base is taken for what needs one.
     source : str
         What to call it in tables.
+    name : str, optional
+        Which adapter, in a model of peft with several.
+    initial : Adapter, optional
+        The factors that training started from, where peft subtracted them from the base (PiSSA and its like). Taken
+        before training with ``initial=Adapter({})``, which subtracts nothing.
 
     Returns
     -------
     Adapter
-        One ``LowRankUpdate`` per module, named as in the state dict of the model before it was adapted.
+        One update per module, named as in the state dict of the model before it was adapted.
 
     Raises
     ------
     ValueError
-        If the model has no LoRA layers.
+        If the model has no LoRA layers, or not the adapter asked for.
     UnsupportedAdapterError
-        If it has layers of peft.
+        If it has layers of peft of another kind.
+    BaseWeightsError
+        If DoRA's update would need a base that has updates merged into it.
     """
-    if foreign := peft_layers(model):
-        raise UnsupportedAdapterError(
-            f"{source}: expected LoRA layers made by training.inject, got {len(foreign)} of peft "
-            f"(first: {foreign[0]!r}). Save them with save_pretrained and read the directory with load_adapter."
-        )
+    if peft_layers(model):
+        return extract_peft(model, name=name, source=source, initial=initial)
+    if name is not None or initial is not None:
+        raise ValueError(f"{source}: name= and initial= are for models of peft, and this is none. Leave them out.")
     layers = lora_layers(model)
     if not layers:
         raise ValueError(

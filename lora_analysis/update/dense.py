@@ -22,14 +22,15 @@ class DenseUpdate:
         Multiplies the matrix; 1 for a plain difference.
     declared_r : int, optional
         The inner dimension its file declares, min(d_out, d_in) if there is none.
-    stored_dtype : torch.dtype, optional
-        The dtype of the file, where the matrix was computed from stored numbers.
+    stored_eps : float, optional
+        Relative rounding error (rms) of the entries, where they were computed rather than read; NaN where their
+        errors are not independent, or not relative to them. By default the dtype tells.
     """
 
     matrix: Tensor
     scale: float = 1.0
     declared_r: int | None = None
-    stored_dtype: torch.dtype | None = None
+    stored_eps: float | None = None
 
     def __post_init__(self) -> None:
         require_matrix("matrix", self.matrix)
@@ -50,8 +51,8 @@ class DenseUpdate:
 
     @property
     def eps(self) -> float:
-        """Relative rounding error (rms) of the stored numbers."""
-        return rounding_error(self.matrix.dtype if self.stored_dtype is None else self.stored_dtype)
+        """Relative rounding error (rms) of the stored numbers; NaN if unknown."""
+        return rounding_error(self.matrix.dtype) if self.stored_eps is None else self.stored_eps
 
     @property
     def finite(self) -> bool:

@@ -42,8 +42,9 @@ class LowRankUpdate:
         The paper's A.
     scale : float
         alpha / r for LoRA, alpha / sqrt(r) for rsLoRA; NaN where it is unknown.
-    stored_dtype : torch.dtype, optional
-        The dtype of the file, where the factors were computed from stored numbers rather than read.
+    stored_eps : float, optional
+        Relative rounding error (rms) of the factors' entries, where they were computed rather than read; NaN where
+        their errors are not those of independent entries, as of Khatri-Rao factors. By default their dtypes tell.
 
     Raises
     ------
@@ -62,7 +63,7 @@ class LowRankUpdate:
     up: Tensor
     down: Tensor
     scale: float
-    stored_dtype: torch.dtype | None = None
+    stored_eps: float | None = None
 
     def __post_init__(self) -> None:
         require_matrix("up", self.up)
@@ -89,9 +90,9 @@ class LowRankUpdate:
 
     @property
     def eps(self) -> float:
-        """Relative rounding error (rms) of the coarser of the two stored factors."""
-        if self.stored_dtype is not None:
-            return rounding_error(self.stored_dtype)
+        """Relative rounding error (rms) of the coarser of the two stored factors; NaN if unknown."""
+        if self.stored_eps is not None:
+            return self.stored_eps
         return max(rounding_error(self.up.dtype), rounding_error(self.down.dtype))
 
     @property

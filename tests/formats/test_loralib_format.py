@@ -294,24 +294,86 @@ def test_safetensors_are_read_alike(tmp_path: Path) -> None:
     assert torch.equal(a["query"].dense(), b["query"].dense())
 
 
-@pytest.mark.parametrize("kind", [loralib.Conv1d, loralib.Conv2d, loralib.Conv3d], ids=["1d", "2d", "3d"])
-def test_convolutions_are_recognised_by_their_base(tmp_path: Path, kind: Any) -> None:
-    model = randomise(nn.ModuleDict({"conv": kind(4, 6, kernel_size=3, r=2)}))
-    base = load_base({"conv.conv.weight": model["conv"].conv.weight, "conv.weight": model["conv"].conv.weight})
-    with pytest.raises(UnsupportedAdapterError, match=r"'conv': LoRA on a base tensor of shape .*\(a convolution\?\)"):
+def convolution(kind: Any = loralib.Conv2d, r: int = 2, **settings: Any) -> Any:
+    return randomise(nn.ModuleDict({"conv": kind(4, 6, r=r, lora_alpha=ALPHA, **settings)}))
+
+
+@pytest.mark.parametrize("inner", ["conv.", ""], ids=["loralib's base", "plain base"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_convolutions_are_what_loralib_merges(tmp_path: Path, kernel_size: int, groups: int, inner: str) -> None:
+    model = convolution(kernel_size=kernel_size, groups=groups).double()
+    layer = model["conv"]
+    before = layer.conv.weight.detach().clone()
+    base = load_base({f"conv.{inner}weight": before})
+    adapter = load_adapter(saved(model, tmp_path), base=base, alpha=ALPHA)
+    layer.eval()
+    merged = (layer.conv.weight.detach() - before).flatten(1)
+    update, module = adapter["conv"], adapter.modules["conv"]
+    assert module.target == Target(f"conv.{inner}weight", kernel=(kernel_size, kernel_size))
+    assert (update.shape, module.shape) == (merged.shape, (6, 4 // groups * kernel_size**2))
+    assert (update.r, module.r, update.scale, module.scale_source) == (2, 2, ALPHA / 2, "caller")
+    np.testing.assert_allclose(update.dense().numpy(), merged.numpy(), atol=1e-12)
+    assert torch.equal(base.matrix(module.target, update.shape), before.flatten(1))
+
+
+def test_the_unfolding_of_a_convolution_has_more_than_r_directions(tmp_path: Path) -> None:
+    """Which is why it is no product of two factors of r columns."""
+    model = convolution(kernel_size=3, r=1).double()
+    base = load_base({"conv.weight": model["conv"].conv.weight})
+    update = load_adapter(saved(model, tmp_path), base=base, alpha=1)["conv"]
+    assert update.r == 1
+    assert int((update.singular_values() > 1e-9).sum()) > 1
+    assert math.isnan(update.eps)
+
+
+def test_a_live_convolution_of_loralib_is_its_own_base(tmp_path: Path) -> None:
+    model = convolution(kernel_size=3)
+    adapter = load_adapter(saved(model, tmp_path), base=load_base(model))
+    assert adapter.targets == {"conv": Target("conv.conv.weight", kernel=(3, 3))}
+    assert adapter.modules["conv"].scale_source == "unknown"
+
+
+@pytest.mark.parametrize("kind", [loralib.Conv1d, loralib.Conv3d], ids=["1d", "3d"])
+def test_convolutions_that_loralib_cannot_run_are_refused(tmp_path: Path, kind: Any) -> None:
+    model = convolution(kind, kernel_size=3)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        model["conv"](torch.ones(1, 4, *(5 for _ in model["conv"].conv.kernel_size)))
+    base = load_base({"conv.weight": model["conv"].conv.weight})
+    with pytest.raises(UnsupportedAdapterError, match=r"'conv': lora_B·lora_A, 18x12, cannot be viewed as its base"):
         load_adapter(saved(model, tmp_path), base=base)
 
 
-def test_an_embedding_is_a_linear_map_on_a_turned_weight(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(6, 4, 3, 5), (6, 3, 3, 3), (5, 6, 4)], ids=str)
+def test_a_kernel_that_does_not_fit_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = saved(convolution(kernel_size=3), tmp_path)
+    with pytest.raises(
+        (AdapterFormatError, UnsupportedAdapterError), match=r"'conv': .*(cannot be viewed|on a kernel)"
+    ):
+        load_adapter(path, base=load_base({"conv.weight": torch.ones(shape)}))
+
+
+@pytest.mark.parametrize("vocabulary", [20, 6])
+def test_an_embedding_is_a_linear_map_on_a_turned_weight(tmp_path: Path, vocabulary: int) -> None:
     """A (r, vocab) and B (dim, r) of an Embedding are those of a Linear from words to vectors."""
-    layer = loralib.Embedding(20, 6, r=R, lora_alpha=ALPHA)
+    layer = loralib.Embedding(vocabulary, 6, r=R, lora_alpha=ALPHA)
     model = randomise(nn.ModuleDict({"wte": layer})).double()
-    base = load_base({"wte.weight": layer.weight.detach().clone()})
-    adapter = load_adapter(saved(model, tmp_path), base=base, alpha=ALPHA)
-    update = adapter["wte"]
-    before = base.matrix(adapter.targets["wte"], update.shape)
+    before = layer.weight.detach().clone()
+    adapter = load_adapter(saved(model, tmp_path), base=load_base({"wte.weight": before}), alpha=ALPHA)
+    # The base's shape tells, but for as many words as dimensions.
+    assert adapter.targets["wte"] == Target("wte.weight", transposed=vocabulary != 6)
+    assert adapter.modules["wte"].shape == (6, vocabulary)
     layer.eval()
-    np.testing.assert_allclose(update.dense().numpy(), (layer.weight.detach().T - before).numpy(), atol=1e-12)
+    merged = (layer.weight.detach() - before).T
+    np.testing.assert_allclose(adapter["wte"].dense().numpy(), merged.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_the_base_says_how_a_weight_is_stored(tmp_path: Path, fan_in_fan_out: bool) -> None:
+    model = linear(fan_in_fan_out)
+    base = load_base({"query.weight": model["query"].weight.detach().clone()})
+    adapter = load_adapter(saved(model, tmp_path), base=base)
+    assert adapter.targets == {"query": Target("query.weight", transposed=fan_in_fan_out)}
 
 
 def test_a_base_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -14,45 +14,14 @@ from lora_analysis.checkpoint import StateDict
 from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
 from lora_analysis.formats import FORMATS, load_adapter, unread
 
-KOHYA = "lora_unet_down_blocks_0_attentions_0_to_q"
-
 # Keys as the writers' own source code makes them.
 KEYS: dict[str, tuple[list[str], str]] = {
-    "kohya": ([f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight", f"{KOHYA}.alpha"], "kohya or LyCORIS LoRA"),
-    "LoHa": ([f"{KOHYA}.hada_w1_a", f"{KOHYA}.hada_w1_b", f"{KOHYA}.hada_w2_a", f"{KOHYA}.alpha"], "LyCORIS LoHa"),
-    "LoKr": ([f"{KOHYA}.lokr_w1", f"{KOHYA}.lokr_w2_a", f"{KOHYA}.lokr_w2_b"], "LyCORIS LoKr"),
-    "Tucker": (
-        [f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_mid.weight", f"{KOHYA}.lora_up.weight"],
-        "LyCORIS LoCon with a Tucker core",
-    ),
-    "OFT": ([f"{KOHYA}.oft_blocks", f"{KOHYA}.alpha"], "OFT or BOFT"),
     "BOFT": (["base_model.model.q.boft_R", "base_model.model.q.boft_s"], "OFT or BOFT"),
-    "AdaLoRA": (["base_model.model.q.lora_A", "base_model.model.q.lora_B", "base_model.model.q.lora_E"], "AdaLoRA"),
-    "VeRA": (["base_model.model.q.vera_lambda_b", "base_model.model.q.vera_lambda_d", "base_model.vera_A"], "VeRA"),
+    "OFT": (["base_model.model.q.oft_r"], "OFT or BOFT"),
     "IA3": (["base_model.model.q.ia3_l"], "IA3, which is no additive low-rank update"),
-    "embeddings": (
-        ["base_model.model.e.lora_embedding_A", "base_model.model.e.lora_embedding_B"],
-        "LoRA on embeddings",
-    ),
-    "diffusers": (["unet.up.attn1.to_k.lora.down.weight", "unet.up.attn1.to_k.lora.up.weight"], "diffusers LoRA"),
-    "old diffusers": (
-        ["mid.attn1.processor.to_q_lora.down.weight", "mid.attn1.processor.to_q_lora.up.weight"],
-        "diffusers LoRA",
-    ),
-    "diffusers as peft": (["unet.mid.to_q.lora_A.weight", "unet.mid.to_q.lora_B.weight"], "diffusers LoRA"),
-    "XLabs": (
-        ["double_blocks.0.processor.qkv_lora1.down.weight", "double_blocks.0.processor.qkv_lora1.up.weight"],
-        "XLabs Flux LoRA",
-    ),
-    "torchtune": (
-        ["layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight"],
-        "torchtune LoRA",
-    ),
-    "MLX": (["model.layers.0.self_attn.q_proj.lora_a", "model.layers.0.self_attn.q_proj.lora_b"], "MLX or GGUF LoRA"),
-    "GGUF": (["blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"], "MLX or GGUF LoRA"),
-    "Sam_LoRA": (["w_a_000", "w_b_000"], "Sam_LoRA slices"),
-    "cloneofsimo": (["unet:0:up", "unet:0:down"], "cloneofsimo LoRA"),
+    "textual inversion": (["<cat>", "<hat>"], "learned token embeddings"),
 }
+NAMES = "gguf, mlx, torchtune, lycoris, diffusers, kohya, peft, loralib, sam_lora, cloneofsimo, pattern"
 
 
 def written(folder: Path, names: list[str], **metadata: str) -> Path:
@@ -65,9 +34,7 @@ def written(folder: Path, names: list[str], **metadata: str) -> Path:
 def test_known_formats_are_refused_by_name(tmp_path: Path, format: str) -> None:
     names, title = KEYS[format]
     path = written(tmp_path, names)
-    with pytest.raises(
-        UnsupportedAdapterError, match=f"holds {title}.*not read yet. Read are: peft, loralib"
-    ) as caught:
+    with pytest.raises(UnsupportedAdapterError, match=f"holds {title}.*not read. Read are: {NAMES}") as caught:
         load_adapter(path, alpha=1)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
@@ -85,9 +52,7 @@ def test_order_of_the_tensors_does_not_matter(format: str) -> None:
 @pytest.mark.parametrize(
     ("config", "title"),
     [
-        ({"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": 20.0}}, "MLX LoRA"),
-        ({"lora_parameters": {"rank": 8}}, "MLX LoRA"),
-        ({"peft_type": "LOHA"}, "PEFT LOHA"),
+        ({"peft_type": "HIRA"}, "PEFT HIRA, which multiplies .*"),
         ({"peft_type": "PREFIX_TUNING"}, "PEFT PREFIX_TUNING, which changes no weight"),
     ],
     ids=str,
@@ -97,14 +62,14 @@ def test_a_configuration_names_its_format(tmp_path: Path, config: dict[str, Any]
     names = ["base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"]
     written(tmp_path, names).rename(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedAdapterError, match=f"holds {title}; it is not read yet"):
+    with pytest.raises(UnsupportedAdapterError, match=f"holds {title}; it is not read"):
         load_adapter(tmp_path)
 
 
 def test_a_header_names_its_format(tmp_path: Path) -> None:
     names = ["transformer.q.lora_A.weight", "transformer.q.lora_B.weight"]
-    with pytest.raises(UnsupportedAdapterError, match="holds diffusers LoRA"):
-        load_adapter(written(tmp_path, names, lora_adapter_metadata="{}"))
+    assert load_adapter(written(tmp_path, names, lora_adapter_metadata="{}")).format == "diffusers"
+    assert load_adapter(written(tmp_path, names)).format == "peft"
 
 
 @pytest.mark.parametrize(
@@ -122,9 +87,9 @@ def test_formats_that_are_read_are_not_refused(names: list[str]) -> None:
     assert unread.recognised(StateDict(dict.fromkeys(names, torch.ones(1))), {"peft_type": "LORA"}) is None
 
 
-@pytest.mark.parametrize("names", [["foo.finegates_rows"], ["layers.0.weight", "layers.0.bias"], ["<krk>"], ["lora_A"]])
+@pytest.mark.parametrize("names", [["foo.finegates_rows"], ["layers.0.weight", "layers.0.bias"], ["lora_A"]])
 def test_an_unknown_file_is_described(tmp_path: Path, names: list[str]) -> None:
-    match = rf"no known format matches its {len(names)} tensors \(first: '.*'\)\. Known: peft, loralib"
+    match = rf"no known format matches its {len(names)} tensors \(first: '.*'\)\. Known: {NAMES}"
     with pytest.raises(AdapterFormatError, match=match):
         load_adapter(written(tmp_path, names))
 
@@ -146,12 +111,12 @@ def test_the_caller_may_name_the_format(tmp_path: Path) -> None:
     assert load_adapter(tmp_path / "x.pt", format="loralib").format == "loralib"
     with pytest.raises(AdapterFormatError, match=r"expected LoRA factors, found none .*read as 'peft'"):
         load_adapter(tmp_path / "x.pt", format="peft")
-    with pytest.raises(ValueError, match="format: expected one of peft, loralib, got 'kohya'"):
-        load_adapter(tmp_path / "x.pt", format="kohya")
+    with pytest.raises(ValueError, match=f"format: expected one of {NAMES}, got 'onnx'"):
+        load_adapter(tmp_path / "x.pt", format="onnx")
 
 
 def test_every_format_has_a_name_and_a_reader() -> None:
-    assert [module.NAME for module in FORMATS] == ["peft", "loralib"]
+    assert ", ".join(module.NAME for module in FORMATS) == NAMES
     for module in FORMATS:
         assert callable(module.matches)
         assert callable(module.read)
@@ -160,8 +125,8 @@ def test_every_format_has_a_name_and_a_reader() -> None:
 def test_missing_and_ambiguous_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError, match=r"nothing: no such file or directory\.$"):
         load_adapter(tmp_path / "nothing")
-    for source in ("org/name-r8", "https://example.org/lora.safetensors?" + "x" * 5000, "s3://bucket/adapter"):
-        with pytest.raises(AdapterFormatError, match=r"no such file or directory; hub ids and URLs are not read yet\."):
+    for source in ("nothing.safetensors", "a/b/c", "x" * 5000):
+        with pytest.raises(AdapterFormatError, match=r"no such file or directory\.$"):
             load_adapter(source)
     with pytest.raises(AdapterFormatError, match=r"or one file of tensors, found none\."):
         load_adapter(tmp_path)
@@ -175,7 +140,7 @@ def test_a_damaged_file_is_an_error_of_its_format(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(AdapterFormatError, match="got a Git LFS pointer"):
         load_adapter(tmp_path)
-    torch.save([torch.ones(1)], tmp_path / "lists.pt")
+    torch.save([torch.ones(1), 3], tmp_path / "lists.pt")
     with pytest.raises(AdapterFormatError, match="expected a mapping of names to tensors, got a list"):
         load_adapter(tmp_path / "lists.pt")
 

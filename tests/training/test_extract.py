@@ -4,7 +4,6 @@ import copy
 import math
 import pickle
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -79,10 +78,10 @@ def test_a_model_without_lora_layers_has_nothing_to_extract() -> None:
         training.extract(base_model())
 
 
-def test_layers_of_peft_are_named_and_refused() -> None:
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(3, 3)), peft.LoraConfig(target_modules=["0"]))
-    with pytest.raises(UnsupportedAdapterError, match=r"got 1 of peft .*base_model.model.0.*load_adapter"):
-        training.extract(model)
+def test_names_and_initial_factors_are_for_models_of_peft() -> None:
+    for options in ({"name": "default"}, {"initial": Adapter({})}):
+        with pytest.raises(ValueError, match="name= and initial= are for models of peft"):
+            training.extract(trained_model(), **options)
 
 
 def test_attach_puts_back_what_extract_took() -> None:

@@ -1,42 +1,33 @@
-"""PEFT's LoRA: the product of two factors per module."""
+"""PEFT's LoRA: the product of two factors per module, and what DoRA makes of it."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
-from lora_analysis.adapter import Contents, Module, Target
+from lora_analysis.adapter import Adapter, Contents, Module, ScaleSource
 from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
 from lora_analysis.formats.ledger import unused_tensors
 from lora_analysis.formats.options import ReadOptions
+from lora_analysis.formats.peft import experts, split
 from lora_analysis.formats.peft.configuration import Scaling, flag, require_types, shown
-from lora_analysis.formats.peft.names import FACTOR, module_name, paired
-from lora_analysis.update import LowRankUpdate
+from lora_analysis.formats.peft.factors import Recipe, read_magnitude, read_update
+from lora_analysis.formats.peft.fields import require_known
+from lora_analysis.formats.peft.initial import compared_scales, initial_adapter, initial_update, require_agreement
+from lora_analysis.formats.peft.names import FACTOR, MAGNITUDE, Layer, layers, module_name, plain, stem_of
+from lora_analysis.formats.peft.places import Live, Place, place
 
-_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that subtract their product from the base, so that s·B·A is not the update."""
-_LEAVES_BASE = ("gaussian", "orthogonal", "eva")
-"""Named initialisations that start from a product of zero, or from random factors that stay in the file."""
-_REFUSED_OPTIONS = {
-    "use_dora": "DoRA, whose update needs the magnitudes and the base",
-    "use_qalora": "QALoRA, which pools the inputs of A",
-    "use_bdlora": "block-diagonal LoRA",
-    "alora_invocation_tokens": "activated LoRA, which acts from its invocation tokens on",
-    "target_parameters": "LoRA on parameters (mixtures of experts)",
-    "layer_replication": "layer replication",
-    "arrow_config": "Arrow routing",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-    "kasa_config": "KaSA",
-}
+LOW_RANK_PART = "dora-low-rank-part"
+LESS_INITIAL = "less-initial"
 _REFUSED_TENSORS = (
-    (r"\.lora_magnitude_vector", "DoRA, whose update needs the magnitudes and the base"),
-    (r"\.lora_embedding_[AB]", "LoRA on embeddings"),
+    (r"\.lora_diag(\.|$)", "KaSA"),
+    (r"\.lora_monteclora_sampler\.", "MonteCLoRA"),
+    (r"\.lora_arrow\.", "Arrow routing"),
 )
 _SIDE_TENSORS = (
     (r"\.lora_B(\.[^.]+)?\.bias$", "lora_bias: adds scale times it to the output, no part of ΔW"),
@@ -47,92 +38,191 @@ _SIDE_TENSORS = (
 )
 
 
-def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions) -> Contents:
-    """Describe every tensor of a PEFT LoRA adapter."""
+def read(
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    options: ReadOptions,
+    live: Mapping[str, Live] | None = None,
+) -> Contents:
+    """Describe every tensor of a PEFT LoRA adapter.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    config : mapping
+        ``adapter_config.json``; empty where there is none.
+    options : ReadOptions
+    live : mapping of str to Live, optional
+        What the layers of a live model say of themselves, by their names; it wins over the configuration.
+    """
     where = options.where
     require_types(config, where)
-    refuse_other_mathematics(checkpoint, config, where)
-    if options.split is not None:
+    notes = require_known(config, where)
+    _refuse_tensors(checkpoint, where)
+    initial, said = initial_adapter(config, options)
+    notes += said
+    split.require_all(options)
+    if options.heads is not None and options.split is None:
         raise UnsupportedAdapterError(
-            f"{where}: split= names the slots of a loralib MergedLinear; a PEFT LoRA on a fused weight stays "
-            "one module as trained. Leave split= out."
+            f"{where}: heads= says how split= cuts a fused weight of a PEFT LoRA, and has no other meaning here. Leave "
+            "heads= out."
         )
     scaling = Scaling(config, options.alpha, where)
-    transposed = flag(config, "fan_in_fan_out", where)
-    pairs = paired(checkpoint, options)
-    if not pairs:
+    notes += scaling.notes
+    found = layers(checkpoint, options)
+    if not found:
         return Contents({})
-    used = {key for pair in pairs.values() for key in pair}
+    placed = {one.name: one for one in _places(checkpoint, found, config, scaling, options, live or {})}
+    if initial is not None:
+        require_agreement(initial, placed, where)
+    notes += _notes_on_the_whole(config, found, options)
     modules: dict[str, Module] = {}
-    notes = list(scaling.notes)
-    for module, (key_a, key_b) in pairs.items():
-        shape_a, shape_b = checkpoint.shape(key_a), checkpoint.shape(key_b)
-        _require_factors(where, module, shape_a, shape_b)
-        r = shape_a[0]
-        declared = scaling.declared_r(module)
-        if declared is not None and declared != r:
-            notes.append(f"{shown(module)}: the configuration says r={declared}, the tensors have r={r}; they win.")
-        if r == 0:
-            notes.append(f"{shown(module)}: r=0, an update of zero whatever its scale; alpha / r is given as 0.")
-        scale, source = scaling.scale(module, r)
-        notes.extend(scaling.doubts(module))
-        modules[module] = Module(
-            shape=(shape_b[0], shape_a[1]),
-            r=r,
-            scale=scale,
-            scale_source=source,
-            target=Target(f"{module}.weight", transposed=transposed),
-            tensors=(key_a, key_b),
-            read=partial(_read_update, checkpoint, key_a, key_b, scale, options.device),
+    for one in placed.values():
+        notes += _notes_on_r(one, scaling)
+        scale, source = scaling.scale(one.path, one.r)
+        own = live[one.layer.stem].scale if live and one.layer.stem in live else scale
+        if own is not scale and not math.isclose(own, scale, rel_tol=1e-12):
+            notes.append(f"{shown(one.name)}: the layer's own scale, {own:g}, wins over the configuration's {scale:g}.")
+        if initial is not None:
+            notes += compared_scales(initial.modules[one.name].scale, own, one.name, where)
+        modules |= _modules(checkpoint, one, own, source, initial, options)
+    if options.split is not None and all(module.target.rows is None for module in modules.values()):
+        raise UnsupportedAdapterError(
+            f"{where}: split= names the slots of a fused weight, but no module of the file is known as one "
+            f"({', '.join(split.CONTIGUOUS)}). Leave split= out."
         )
     unused = unused_tensors(
         checkpoint,
-        used,
-        {match["stem"] for match in map(FACTOR.match, checkpoint) if match},
+        {key for module in modules.values() for key in module.tensors},
+        {stem for stem in map(stem_of, checkpoint) if stem is not None},
         partial(reason, config=config),
         otherwise="a full tensor, no part of any update",
         where=where,
     )
-    return Contents(modules, unused, tuple(notes))
+    return Contents(modules, unused, tuple(dict.fromkeys(notes)))
 
 
-def _require_factors(where: str, module: str, shape_a: tuple[int, ...], shape_b: tuple[int, ...]) -> None:
-    if len(shape_a) > 2 or len(shape_b) > 2:
-        raise UnsupportedAdapterError(
-            f"{where}: {module!r}: holds LoRA on a convolution (A {shape_a}, B {shape_b}), which is not read yet."
-        )
-    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1]:
-        raise AdapterFormatError(
-            f"{where}: {module!r}: expected lora_A (r, d_in) and lora_B (d_out, r) to share r, "
-            f"got {shape_a} and {shape_b}. The file was read as 'peft'; pass format= to read it as another."
-        )
+def _places(
+    checkpoint: Checkpoint,
+    found: Mapping[str, Layer],
+    config: Mapping[str, Any],
+    scaling: Scaling,
+    options: ReadOptions,
+    live: Mapping[str, Live],
+) -> Iterator[Place]:
+    transposed = flag(config, "fan_in_fan_out", options.where)
+    owners = experts.wrapped(checkpoint, found, config, scaling, options, live)
+    inner = {layer.stem: owner for owner, wrappers in owners.items() for layer in wrappers}
+    seen: dict[str, Place] = {}
+    for stem, layer in found.items():
+        if stem not in inner:
+            turned = live[stem].transposed if stem in live else transposed
+            made: Iterable[Place] = [place(checkpoint, layer, found, transposed=turned, where=options.where)]
+        elif layer is owners[inner[stem]][0]:
+            owner = inner[stem]
+            made = experts.places(checkpoint, owner, owners[owner], config, scaling, options, live)
+        else:
+            continue
+        for one in made:
+            if (other := seen.setdefault(one.name, one)) is not one:
+                raise AdapterFormatError(
+                    f"{options.where}: expected one update of {one.name!r}, got two, of {other.layer.down!r} and "
+                    f"{one.layer.down!r}."
+                )
+            yield _with_magnitude(checkpoint, one, config, options.where)
 
 
-def _read_update(checkpoint: Checkpoint, key_a: str, key_b: str, scale: float, device: torch.device) -> LowRankUpdate:
-    return LowRankUpdate(checkpoint[key_b].to(device), checkpoint[key_a].to(device), scale)
-
-
-def refuse_other_mathematics(checkpoint: Checkpoint, config: Mapping[str, Any], where: str) -> None:
-    """Refuse what would make s·B·A a wrong or partial answer."""
-    initial = config.get("init_lora_weights")
-    if isinstance(initial, str) and initial.lower().startswith(_MOVES_BASE):
-        raise UnsupportedAdapterError(
-            f"{where}: initialised by {initial!r}, which moved the base: the update is s·(B·A - B0·A0), and the "
-            "file does not hold B0 and A0. Save it converted to LoRA (PEFT: path_initial_model_for_weight_conversion)."
-        )
-    if isinstance(initial, str) and initial.lower() not in _LEAVES_BASE:
-        raise UnsupportedAdapterError(
-            f"{where}: initialised by {initial!r}, which is not known here: it may have moved the base, and then s·B·A "
-            "is not the update. Give its factors as Adapter({module: LowRankUpdate(up, down, scale)}) if it has not."
-        )
-    for option, title in _REFUSED_OPTIONS.items():
-        if config.get(option):
-            raise UnsupportedAdapterError(f"{where}: {option} is set: {title}, which is not read yet.")
-    for option, value in config.items():
-        if option.startswith("use_") and option != "use_rslora" and value:
-            raise UnsupportedAdapterError(
-                f"{where}: {option} is set, an option that may change the update and is not known here."
+def _with_magnitude(checkpoint: Checkpoint, one: Place, config: Mapping[str, Any], where: str) -> Place:
+    """The place, its magnitudes checked."""
+    key = one.layer.magnitude
+    if key is None:
+        if flag(config, "use_dora", where):
+            raise AdapterFormatError(
+                f"{where}: {one.name!r}: use_dora is set: expected magnitudes, lora_magnitude_vector is missing."
             )
+        return one
+    shape = checkpoint.shape(key)
+    if math.prod(shape) != one.shape[0] or one.expert is not None:
+        raise AdapterFormatError(
+            f"{where}: {one.name!r}: expected {one.shape[0]} magnitudes, one for each output, got {shape} in {key!r}."
+        )
+    if config and not flag(config, "use_dora", where):
+        note = f"{shown(one.name)}: holds DoRA's magnitudes though use_dora is not set; read as DoRA."
+        return replace(one, notes=(*one.notes, note))
+    return one
+
+
+def _modules(
+    checkpoint: Checkpoint,
+    one: Place,
+    scale: float,
+    source: ScaleSource,
+    initial: Adapter | None,
+    options: ReadOptions,
+) -> dict[str, Module]:
+    """The module of a place, or one for each slot of its fused weight."""
+    layer = one.layer
+    recipe = Recipe(checkpoint, layer.down, layer.up, scale, options.device, expert=one.expert)
+    r, flags = one.r, one.flags
+    if initial is not None:
+        recipe = replace(recipe, initial=initial_update(initial, one.name, options.where))
+        r += initial.modules[one.name].r
+        flags += (LESS_INITIAL,)
+    if layer.magnitude is not None:
+        # Without a scale there is no merged weight to rescale.
+        base = None if math.isnan(scale) else options.base
+        recipe = replace(recipe, magnitude=layer.magnitude, base=base)
+        flags += (LOW_RANK_PART,) if base is None else ()
+    slots = dict(split.slots(one, options)) if options.split is not None else {}
+    made = {}
+    for slot, rows in slots.items() or [("", None)]:
+        target = one.target if rows is None else replace(one.target, rows=rows)
+        piece = replace(recipe, target=target, rows=rows)
+        made[f"{one.name}.{slot}" if slot else one.name] = Module(
+            shape=one.shape if rows is None else (rows[1] - rows[0], one.shape[1]),
+            r=r,
+            scale=scale,
+            scale_source=source,
+            target=target,
+            tensors=(layer.down, layer.up, *([] if layer.magnitude is None else [layer.magnitude])),
+            read=partial(read_update, piece),
+            flags=flags,
+            magnitude=None if layer.magnitude is None else partial(read_magnitude, piece),
+            embedding=layer.embedding,
+        )
+    return made
+
+
+def _notes_on_r(one: Place, scaling: Scaling) -> list[str]:
+    notes = list(one.notes)
+    declared = scaling.declared_r(one.path)
+    if one.expert is None and declared is not None and declared != one.r:
+        notes.append(f"{shown(one.name)}: the configuration says r={declared}, the tensors have r={one.r}; they win.")
+    if one.r == 0:
+        notes.append(f"{shown(one.name)}: r=0, an update of zero whatever its scale; alpha / r is given as 0.")
+    return notes + scaling.doubts(one.path)
+
+
+def _notes_on_the_whole(config: Mapping[str, Any], found: Mapping[str, Layer], options: ReadOptions) -> list[str]:
+    notes = []
+    if options.base is None and any(layer.magnitude is not None for layer in found.values()):
+        notes.append(
+            "DoRA: each update is its low-rank part s·B·A; the magnitudes rescale base and update together. Pass base= "
+            "for the whole of what it changes."
+        )
+    if config.get("alora_invocation_tokens"):
+        notes.append("activated LoRA: the updates act from the invocation tokens on, and not before.")
+    if not config:
+        notes += [
+            f"{shown(stem)}: r·E rows of experts cannot be told from r rows without adapter_config.json; read as one "
+            "matrix."
+            for stem in found
+            if stem.rpartition(".")[2] == "experts"
+        ]
+    return notes
+
+
+def _refuse_tensors(checkpoint: Checkpoint, where: str) -> None:
     for pattern, title in _REFUSED_TENSORS:
         if key := next((key for key in checkpoint if re.search(pattern, key)), None):
             raise UnsupportedAdapterError(f"{where}: {key!r} belongs to {title}, which is not read yet.")
@@ -140,7 +230,7 @@ def refuse_other_mathematics(checkpoint: Checkpoint, config: Mapping[str, Any], 
 
 def reason(key: str, config: Mapping[str, Any]) -> str | None:
     """Why PEFT has a tensor of this name, if it has."""
-    if FACTOR.match(key):
+    if FACTOR.match(plain(key)) or MAGNITUDE.match(plain(key)):
         return "a factor of another adapter in the same file"
     for pattern, reason in _SIDE_TENSORS:
         if re.search(pattern, key):

@@ -1,0 +1,200 @@
+"""``load_adapter``: which format a file is in, and the adapter that its reader describes."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_analysis.adapter import Adapter, Contents, Origin
+from lora_analysis.base import BaseWeights, load_base
+from lora_analysis.checkpoint import Checkpoint
+from lora_analysis.checkpoint.hub import located
+from lora_analysis.checkpoint.remote import shown
+from lora_analysis.errors import AdapterFormatError, CheckpointError, UnsupportedAdapterError
+from lora_analysis.formats import (
+    cloneofsimo,
+    diffusers,
+    gguf,
+    kohya,
+    loralib,
+    lycoris,
+    mlx,
+    peft,
+    sam_lora,
+    torchtune,
+    unread,
+)
+from lora_analysis.formats import pattern as by_pattern
+from lora_analysis.formats.files import opened
+from lora_analysis.formats.options import ReadOptions, Split, parse_split
+
+FORMATS = (gguf, mlx, torchtune, lycoris, diffusers, kohya, peft, loralib, sam_lora, cloneofsimo, by_pattern)
+"""Every format that is read, in the order of detection."""
+
+
+def load_adapter(
+    source: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    alpha: float | None = None,
+    base: BaseWeights | str | os.PathLike[str] | None = None,
+    split: Split | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    name: str | None = None,
+    initial: Adapter | str | os.PathLike[str] | None = None,
+    heads: tuple[int, int] | None = None,
+    pattern: str | None = None,
+) -> Adapter:
+    """A trained adapter, lazily, with every tensor of its file accounted for.
+
+    Parameters
+    ----------
+    source : path, hub id or URL
+        A directory with ``adapter_config.json`` and weights, or a file of tensors; the same in a repository of the
+        Hugging Face hub (``org/name``), which is fetched into its cache, or at another URL, where safetensors are
+        read by byte range.
+    format : str, optional
+        Read as this format (one of ``FORMATS``) instead of detecting it.
+    alpha : float, optional
+        The lora_alpha of training, where the file does not hold it or is wrong.
+    base : BaseWeights, path, hub id or URL, optional
+        The base model, where the file alone leaves something open (which layers are fused).
+    split : str or sequence, optional
+        Which slots of a fused q,k,v weight a loralib ``MergedLinear`` adapts: ``"q,v"``, or its
+        ``enable_lora``, ``[True, False, True]``.
+    device : str or torch.device
+        Where factors are put when they are read.
+    revision : str, optional
+        Branch, tag or commit of a repository of the hub.
+    name : str, optional
+        Which adapter, where a directory or a file holds several.
+    initial : Adapter or path, optional
+        The factors training started from, where they were subtracted from the base (PiSSA, OLoRA and their like):
+        the update is then s·(B·A - B0·A0).
+    heads : (int, int), optional
+        Numbers of query and of key-value heads, to turn the rows of q and k from interleaved to half-split rotary
+        order, as Hugging Face models store them (torchtune, GGUF of llama architectures).
+    pattern : str, optional
+        How tensors are called, for ``format="pattern"``: ``"down=layers.{module}.a up=layers.{module}.b"``, with
+        ``.T`` after a name for a factor stored transposed, and ``alpha=`` for a tensor of alphas.
+
+    Returns
+    -------
+    Adapter
+
+    Raises
+    ------
+    AdapterFormatError
+        If the file is missing, damaged, or breaks the rules of its format.
+    UnsupportedAdapterError
+        If it is of a format or kind that is recognised and not read.
+
+    Notes
+    -----
+    A scale that nothing states is unknown (``scale`` is NaN, ``scale_source`` is ``"unknown"``), not 1:
+    figures that do not depend on it are given, the others ask for ``alpha``.
+    """
+    if pattern is not None and format not in (None, by_pattern.NAME):
+        raise ValueError(f"pattern: expected format={by_pattern.NAME!r} beside it or none, got format={format!r}.")
+    format = by_pattern.NAME if pattern is not None else format
+    formats = {module.NAME: module for module in FORMATS}
+    if format is not None and format not in formats:
+        raise ValueError(f"format: expected one of {', '.join(formats)}, got {format!r}.")
+    place = located(source, revision)
+    where = shown(place) if isinstance(place, str) else str(place)
+    try:
+        checkpoint, config, by_folder = opened(source, place, name)
+    except CheckpointError as error:
+        raise AdapterFormatError(str(error)) from error
+    options = ReadOptions(
+        where=where,
+        alpha=alpha,
+        base=base if base is None or isinstance(base, BaseWeights) else load_base(base),
+        split=parse_split(split),
+        device=torch.device(device),
+        name=None if by_folder else name,
+        # Nothing is taken off the initial factors themselves, whatever their own configuration says.
+        initial=(
+            initial
+            if initial is None or isinstance(initial, Adapter)
+            else load_adapter(initial, device=device, initial=Adapter({}, source="nothing"))
+        ),
+        heads=heads,
+        pattern=pattern,
+    )
+    chosen = formats[format] if format else _detected(checkpoint, config, where)
+    contents: Contents = chosen.read(checkpoint, config, options)
+    if not contents.modules:
+        raise AdapterFormatError(
+            f"{where}: expected LoRA factors, found none among its {len(checkpoint)} tensors (read as {chosen.NAME!r})."
+        )
+    _require_floating(contents, checkpoint, where)
+    # By the base's modules; blocks of one weight stay in the reader's order, q before k.
+    ordered = sorted(contents.modules.items(), key=lambda item: _natural(item[1].target.tensor.removesuffix(".weight")))
+    contents = replace(contents, modules=dict(ordered))
+    arguments = {
+        "format": format,
+        "alpha": alpha,
+        "base": base,
+        "split": split,
+        "device": device,
+        "revision": revision,
+        "name": name,
+        "initial": initial,
+        "heads": heads,
+        "pattern": pattern,
+    }
+    return Adapter.from_contents(
+        contents,
+        source=where,
+        format=chosen.NAME,
+        config=config,
+        metadata=checkpoint.metadata,
+        origin=Origin(_reopened, (place if isinstance(place, Path) else source, arguments)),
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 2 before layer 10.
+
+    Numbers are compared by length, then as text: names of a file may hold more digits than ``int`` accepts.
+    """
+    key = []
+    for i, part in enumerate(re.split(r"([0-9]+)", name)):
+        digits = part.lstrip("0")
+        key.append((len(digits), digits) if i % 2 else (-1, part))
+    return key
+
+
+def _require_floating(contents: Contents, checkpoint: Checkpoint, where: str) -> None:
+    for name, module in contents.modules.items():
+        for tensor in module.tensors:
+            if len(checkpoint.shape(tensor)) > 1 and not checkpoint.dtype(tensor).is_floating_point:
+                raise AdapterFormatError(
+                    f"{where}: {name!r}: expected floating-point factors, got {checkpoint.dtype(tensor)} in {tensor!r}."
+                )
+
+
+def _reopened(source: str | Path, arguments: dict[str, Any]) -> Adapter:
+    return load_adapter(source, **arguments)
+
+
+def _detected(checkpoint: Checkpoint, config: dict[str, Any], where: str) -> Any:
+    if found := unread.recognised(checkpoint, config):
+        raise UnsupportedAdapterError(
+            f"{where}: holds {found}; it is not read. Read are: {', '.join(f.NAME for f in FORMATS)}."
+        )
+    for module in FORMATS:
+        if module.matches(checkpoint, config):
+            return module
+    first = next(iter(checkpoint), None)
+    raise AdapterFormatError(
+        f"{where}: no known format matches its {len(checkpoint)} tensors (first: {first!r}). "
+        f"Known: {', '.join(module.NAME for module in FORMATS)}."
+    )

@@ -1,0 +1,66 @@
+"""Writing mlx-lm's format: ``adapters.safetensors`` with transposed factors, one scale for all."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lora_analysis.adapter import Adapter
+from lora_analysis.errors import UnsupportedAdapterError
+from lora_analysis.formats.saving import put_in_place, safetensors_writer
+from lora_analysis.formats.writers.parts import (
+    Part,
+    WriteOptions,
+    Written,
+    common_scale,
+    refuse_convolutions,
+)
+
+_BLOCK = re.compile(r"(?:.+\.)?layers\.\d+\.(?P<key>.+)")
+
+
+def write(parts: list[Part], adapter: Adapter, path: Path, options: WriteOptions) -> Written:
+    """Write ``adapters.safetensors`` and ``adapter_config.json`` into a directory."""
+    refuse_convolutions(adapter.source, parts, "mlx")
+    magnitudes = [part.magnitude is not None for part in parts]
+    if any(magnitudes) and not all(magnitudes):
+        raise UnsupportedAdapterError(
+            f"{adapter.source}: expected DoRA on all modules or on none, as mlx's fine_tune_type has it, got both."
+        )
+    scale, folded, losses = common_scale(parts, lambda part: part.scale, "scale")
+    r = max(part.r for part in folded)
+    if padded := sum(part.r < r for part in folded):
+        losses.append(f"{padded} modules have a smaller r than {r}, mlx's one for all: padded with zeros.")
+    tensors: dict[str, Tensor] = {}
+    keys = set()
+    for part in folded:
+        inner = _BLOCK.fullmatch(part.name)
+        if inner is None:
+            raise UnsupportedAdapterError(
+                f"{adapter.source}: {part.name!r}: expected a module inside a numbered layer ('layers.0.…'), where mlx "
+                "puts LoRA."
+            )
+        keys.add(inner["key"])
+        # (in, r) and (r, out), the transposes of PEFT's.
+        tensors[f"{part.name}.lora_a"] = pad(part.down, (0, 0, 0, r - part.r)).mT
+        tensors[f"{part.name}.lora_b"] = pad(part.up, (0, r - part.r)).mT
+        if part.magnitude is not None:
+            tensors[f"{part.name}.m"] = part.magnitude.flatten()
+    configuration = {
+        "fine_tune_type": "dora" if any(magnitudes) else "lora",
+        "num_layers": -1,  # LoRA on all layers; those without tensors here start from a zero update
+        "lora_parameters": {"rank": r, "scale": scale, "dropout": 0.0, "keys": sorted(keys)},
+    }
+    text = json.dumps(configuration, indent=2, sort_keys=True) + "\n"
+    put_in_place(
+        path,
+        {
+            "adapters.safetensors": safetensors_writer(tensors, {"format": "mlx"}),
+            "adapter_config.json": lambda file: file.write_text(text, encoding="utf-8"),
+        },
+    )
+    return Written({part.name: part.name for part in parts}, tuple(losses))

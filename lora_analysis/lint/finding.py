@@ -1,0 +1,57 @@
+"""What the linter says: one finding, and what its severity means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning", "info", "undecided"]
+"""``error``: the adapter cannot act as it was trained; ``warning``: it acts, and something about it is wrong or wasted;
+``info``: right here, and some other tool would misread it; ``undecided``: a check that needs what is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong, wasteful or open about an adapter.
+
+    Parameters
+    ----------
+    code : str
+        What was found, a fixed word such as ``"zero-update"``; see ``CODES``.
+    severity : str
+        One of ``Severity``.
+    module : str
+        The module it is about, ``""`` where it is about the whole adapter.
+    message : str
+        One line: what is so, and the cure.
+    """
+
+    code: str
+    severity: Severity
+    module: str
+    message: str
+
+
+CODES = {
+    "adapter-init": "A has not moved from its initialisation",
+    "alpha-contradicted": "two places in the file give different alphas",
+    "alpha-missing": "the scale rests on a default, because alpha is not in the file",
+    "ambiguous-layout": "the tensors allow another reading",
+    "base-mismatch": "the base has no such matrix, or one of another shape",
+    "denormals": "many stored numbers are denormal, and have lost digits",
+    "dora-not-portable": "DoRA's magnitudes, which GGUF and many servers cannot hold or ignore",
+    "duplicate-tensor": "a tensor is stored twice",
+    "mutated-base": "the initialisation moved the base, so s·B·A is not the update",
+    "nonfinite": "NaN or infinities",
+    "pattern-shadowed": "several pattern keys match one module, and give different values",
+    "pattern-unused": "a pattern key matches no module",
+    "patterns-not-portable": "scales differ between modules, which GGUF and MLX cannot express",
+    "r-exceeds-d": "r is larger than the matrix's smaller side",
+    "rank-contradicted": "the configuration or header gives another r than the tensors",
+    "rslora-not-portable": "rsLoRA's scale, which tools that compute alpha / r get wrong",
+    "size-waste": "stored bytes that hold nothing",
+    "split-qkv-alpha": "trained in blocks with alpha / r, and read everywhere as alpha / (n·r)",
+    "unknown-scale": "nothing states the scale",
+    "zero-update": "ΔW is exactly zero",
+}
+"""Every code, and what it means."""

@@ -1,0 +1,161 @@
+"""Scales of PEFT's LoRA: alpha, patterns, rank stabilisation, and what happens where they disagree with the tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft.utils.other import get_pattern_key
+from peft_models import (
+    CONFIG,
+    MODULES,
+    WEIGHTS,
+    assert_equals_peft,
+    edited,
+    fresh_model,
+    lora_layers,
+    saved,
+    trained,
+    with_tensor,
+)
+from safetensors.torch import save_file
+
+from lora_analysis.errors import (
+    UndefinedUpdateError,
+    UnsupportedAdapterError,
+)
+from lora_analysis.formats import load_adapter
+from lora_analysis.formats.patterns import pattern_regex
+
+
+def test_pattern_keys_are_found_by_pefts_own_rule() -> None:
+    patterns = [
+        "proj",
+        "q_proj",
+        "layers.0.lin",
+        "layers?.*.lin",
+        r".*\.0\..*",
+        "^lin",
+        "^layers.1",
+        "(q_)?proj",
+        "lin|proj",
+        "x",
+        "s.0.q_proj",
+        "",
+    ]
+    for length in range(1, len(patterns) + 1):
+        for keys in (patterns[:length], patterns[-length:], patterns[:length][::-1]):
+            for module in [*MODULES, "classifier", "layers.10.proj"]:
+                # PEFT gives the module's name back where nothing matches.
+                ours = next((key for key in keys if pattern_regex(key).match(module)), module)
+                assert ours == get_pattern_key(keys, module), (keys, module)
+
+
+@pytest.mark.parametrize("patterns", [{"lin": 2, "layers.0.lin": 4}, {"layers.0.lin": 4, "lin": 2}], ids=str)
+def test_the_first_matching_pattern_wins_not_the_longest(tmp_path: Path, patterns: dict[str, int]) -> None:
+    folder = edited(saved(trained(), tmp_path), alpha_pattern=patterns)
+    adapter = load_adapter(folder)
+    assert adapter.modules["layers.0.lin"].scale == next(iter(patterns.values())) / 4
+    assert adapter.modules["layers.1.lin"].scale == adapter.modules["lin"].scale == 2 / 4
+    assert_equals_peft(adapter, peft.PeftModel.from_pretrained(fresh_model(), folder))
+
+
+def test_patterns_whose_order_peft_lost_are_read_as_peft_reads_them_and_noted(tmp_path: Path) -> None:
+    """``save_pretrained`` sorts the configuration, so that another key can come first."""
+    model = trained(alpha_pattern={"lin": 2, "layers.1.lin": 9, "layers.0.lin": 2})
+    assert lora_layers(model)["layers.1.lin"].scaling["default"] == 2 / 4
+    adapter = load_adapter(saved(model, tmp_path))
+    assert adapter.modules["layers.1.lin"].scale == 9 / 4
+    assert_equals_peft(adapter, peft.PeftModel.from_pretrained(fresh_model(), tmp_path))
+    # Where both keys say the same there is nothing to doubt.
+    assert adapter.notes == (
+        "layers.1.lin: 2 keys of alpha_pattern match; the first, 'layers.1.lin', applies. "
+        "PEFT sorts them when it saves, so training may have used 'lin'.",
+    )
+    assert load_adapter(tmp_path, alpha=2).notes == ()
+
+
+def test_a_pattern_for_every_module_is_read_quickly(tmp_path: Path) -> None:
+    """More keys than the cache of ``re`` holds, as merging tools write them."""
+    modules = [f"layers.{i}.q" for i in range(600)]
+    tensors = {f"{m}.lora_{side}.weight": torch.ones(2, 2) for m in modules for side in "AB"}
+    save_file(tensors, tmp_path / WEIGHTS)
+    patterns = {module: i % 5 + 1 for i, module in enumerate(modules)}
+    config = {"peft_type": "LORA", "r": 2, "rank_pattern": dict.fromkeys(modules, 2), "alpha_pattern": patterns}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    start = time.process_time()
+    adapter = load_adapter(tmp_path)
+    assert {name: module.scale for name, module in adapter.modules.items()} == {m: a / 2 for m, a in patterns.items()}
+    # 0.2 s where keys are compiled once, 20 s where each comparison compiles one.
+    assert time.process_time() - start < 5
+
+
+def test_a_pattern_never_matches_inside_a_name(tmp_path: Path) -> None:
+    adapter = load_adapter(saved(trained(alpha_pattern={"proj": 100}), tmp_path))
+    assert adapter.modules["layers.0.proj"].scale == 25
+    assert adapter.modules["layers.0.q_proj"].scale == 6 / 4
+
+
+def test_rank_and_alpha_are_looked_up_apart(tmp_path: Path) -> None:
+    saved(trained(rank_pattern={"q_proj": 2}), tmp_path)
+    adapter = load_adapter(edited(tmp_path, alpha_pattern={"layers.0": 9, r"layers\.0\..*": 3}))
+    assert adapter.modules["layers.0.q_proj"].scale == 3 / 2
+    assert adapter.modules["layers.1.q_proj"].scale == 6 / 2
+    assert adapter.modules["layers.0.lin"].scale == 3 / 4
+
+
+def test_a_missing_alpha_is_pefts_default_of_eight(tmp_path: Path) -> None:
+    adapter = load_adapter(edited(saved(trained(), tmp_path), lora_alpha=None))
+    assert {(m.scale, m.scale_source) for m in adapter.modules.values()} == {(8 / 4, "format default")}
+    assert peft.LoraConfig().lora_alpha == 8
+    assert any("no lora_alpha" in note and "8" in note for note in adapter.notes)
+
+
+def test_a_pattern_beats_the_missing_alpha(tmp_path: Path) -> None:
+    adapter = load_adapter(edited(saved(trained(alpha_pattern={"q_proj": 2}), tmp_path), lora_alpha=None))
+    assert adapter.modules["layers.0.q_proj"].scale_source == "config"
+    assert adapter.modules["lin"].scale_source == "format default"
+
+
+def test_the_callers_alpha_beats_the_configuration(tmp_path: Path) -> None:
+    saved(trained(alpha_pattern={"q_proj": 2}, rank_pattern={"lin": 2}), tmp_path)
+    adapter = load_adapter(tmp_path, alpha=32)
+    assert {module.scale_source for module in adapter.modules.values()} == {"caller"}
+    assert adapter.modules["layers.0.q_proj"].scale == 32 / 4
+    assert adapter.modules["lin"].scale == 32 / 2
+    assert adapter.notes == ()
+
+
+def test_without_a_configuration_the_scale_is_unknown(tmp_path: Path) -> None:
+    saved(trained(), tmp_path)
+    (tmp_path / CONFIG).unlink()
+    adapter = load_adapter(tmp_path)
+    module = adapter.modules["lin"]
+    assert math.isnan(module.scale)
+    assert module.scale_source == "unknown"
+    assert module.r == 4
+    with pytest.raises(UndefinedUpdateError, match="Pass alpha="):
+        adapter["lin"].norm()
+    assert load_adapter(tmp_path, alpha=6).modules["lin"].scale == 6 / 4
+
+
+def test_tensors_win_over_the_configuration(tmp_path: Path) -> None:
+    adapter = load_adapter(edited(saved(trained(), tmp_path), r=16, rank_pattern={"^lin": 3}))
+    assert {module.r for module in adapter.modules.values()} == {4}
+    assert {module.scale for module in adapter.modules.values()} == {6 / 4}
+    assert len(adapter.notes) == 7
+    assert "layers.0.q_proj: the configuration says r=16, the tensors have r=4; they win." in adapter.notes
+    assert "lin: the configuration says r=3, the tensors have r=4; they win." in adapter.notes
+
+
+@pytest.mark.parametrize("ending", ["alpha", "lora_alpha"])
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_alphas_of_modules_are_refused_by_name(tmp_path: Path, ending: str, shape: tuple[int, ...]) -> None:
+    name = f"base_model.model.layers.0.q_proj.{ending}"
+    with pytest.raises(UnsupportedAdapterError, match=f"'{name}': per-module alpha tensors, as diffusers and kohya"):
+        load_adapter(with_tensor(tmp_path, name, torch.ones(shape)))
