@@ -20,16 +20,20 @@ are made by ``lora_analysis.training``; ``lora_analysis.plots`` draws the paper'
 
 from lora_analysis.adapter import Adapter, Target
 from lora_analysis.base import BaseWeights, load_base
+from lora_analysis.convert import Conversion, convert
 from lora_analysis.diff import diff
 from lora_analysis.errors import (
     AdapterFormatError,
+    AmbiguousAdapterError,
     BaseWeightsError,
     CheckpointError,
     LoraAnalysisError,
+    MutatedBaseError,
     UndefinedUpdateError,
     UnsupportedAdapterError,
 )
 from lora_analysis.formats import load_adapter, save_adapter
+from lora_analysis.lint import Finding, lint
 from lora_analysis.measures.null import similarity_null
 from lora_analysis.measures.spectrum import (
     effective_rank,
@@ -62,25 +66,31 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterFormatError",
+    "AmbiguousAdapterError",
     "BaseWeights",
     "BaseWeightsError",
     "CheckpointError",
+    "Conversion",
     "DenseUpdate",
+    "Finding",
     "KroneckerUpdate",
     "LoraAnalysisError",
     "LowRankUpdate",
+    "MutatedBaseError",
     "Svd",
     "Target",
     "UndefinedUpdateError",
     "UnsupportedAdapterError",
     "Update",
     "amplification_table",
+    "convert",
     "diff",
     "effective_rank",
     "effective_rank_energy",
     "energy_rank",
     "grassmann_distance",
     "inspect_table",
+    "lint",
     "load_adapter",
     "load_base",
     "magnitude_table",

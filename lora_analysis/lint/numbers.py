@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from lora_analysis.adapter import Module
@@ -122,6 +121,8 @@ def looks_initial(down: Tensor) -> bool:
         return False
     if rounding > 1e-6:  # numbers of two bytes are too coarse to be continuous for the test below
         return True
+    from scipy import stats  # a third of a second to import, and not needed by most
+
     return float(stats.kstest(down.double().flatten().numpy(force=True) / bound, "uniform", args=(-1, 2)).pvalue) > 1e-3
 
 

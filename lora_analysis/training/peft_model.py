@@ -51,7 +51,8 @@ def extract_peft(model: nn.Module, *, name: str | None, source: str, initial: Ad
     layers = {
         module_name(path): layer
         for path, layer in model.named_modules()
-        if name in getattr(layer, "scaling", {}) and hasattr(layer, "get_delta_weight")
+        # An attention may have a number called scaling.
+        if hasattr(layer, "get_delta_weight") and name in layer.scaling
     }
     state = {key: tensor.detach() for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     tensors = {key: tensor.clone() for key, tensor in state.items() if _is_of(key, name)}

@@ -467,7 +467,7 @@ def test_every_kind_of_peft_is_read_or_named() -> None:
 def test_other_kinds_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     written(tmp_path, module(lora_A=(3, 4)), {"peft_type": kind})
     for options in ({}, {"format": "peft"}):
-        with pytest.raises(UnsupportedAdapterError, match=rf"holds PEFT {kind}, [a-z].*; it is not read yet"):
+        with pytest.raises(UnsupportedAdapterError, match=rf"holds PEFT {kind}, [a-z].*; it is not read\."):
             load_adapter(tmp_path, **options)
 
 

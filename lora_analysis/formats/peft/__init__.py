@@ -68,7 +68,7 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
     family = stated.upper() if isinstance(stated, str) else _family_by_names(checkpoint) or "LORA"
     if family not in _READERS:
         why = PEFT_TYPES.get(family, "a kind that is not known here")
-        raise UnsupportedAdapterError(f"{options.where}: holds PEFT {stated}, {why}; it is not read yet.")
+        raise UnsupportedAdapterError(f"{options.where}: holds PEFT {stated}, {why}; it is not read.")
     if family != "LORA":
         refuse_options(options, family)
     return _READERS[family](checkpoint, config, options)

@@ -48,5 +48,5 @@ def write(parts: list[Part], adapter: Adapter, path: Path, options: WriteOptions
         names,
         ()
         if unscaled
-        else ("the scale is in the header, which diffusers before 0.35 does not read: it takes alpha = r there.",),
+        else ("the scale is in the header, which diffusers before 0.34 does not read: it takes alpha = r there.",),
     )
