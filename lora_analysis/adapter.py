@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.update import Update
 
 ScaleSource = Literal["tensor", "config", "header", "format default", "caller", "unknown"]
@@ -168,6 +169,8 @@ class Adapter(Mapping[str, Update]):
         The file's other tensors, each with a reason.
     notes : tuple of str
         Where the file disagreed with itself, and which side won.
+    checkpoint : Checkpoint or None
+        The file's own tensors by their own names, read when asked for; None where there is no file.
     """
 
     def __init__(
@@ -187,6 +190,7 @@ class Adapter(Mapping[str, Update]):
         self.metadata: Mapping[str, str] = {}
         self.unused: tuple[Unused, ...] = ()
         self.notes: tuple[str, ...] = ()
+        self.checkpoint: Checkpoint | None = None
         self.modules: Mapping[str, Module] = {
             name: Module(
                 shape=update.shape,
@@ -211,6 +215,7 @@ class Adapter(Mapping[str, Update]):
         origin: Origin,
         config: Mapping[str, Any] | None = None,
         metadata: Mapping[str, str] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Adapter:
         """An adapter of a file, as a reader describes it."""
         adapter = cls({}, source=source)
@@ -220,6 +225,7 @@ class Adapter(Mapping[str, Update]):
         adapter.modules = dict(contents.modules)
         adapter.unused = contents.unused
         adapter.notes = contents.notes
+        adapter.checkpoint = checkpoint
         adapter._origin = origin
         return adapter
 

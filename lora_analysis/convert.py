@@ -2,9 +2,10 @@
 
 Conventions
 -----------
-A conversion is read, written, read back from disk and compared, module by module, before it is reported. What a
-format cannot say about ΔW itself is refused; what it does not hold beside it (biases, full tensors, the name of the
-base) is a loss, and listed.
+An adapter is read, written beside its destination, read back from disk and compared module by module, and only then
+moved into place: whatever fails, nothing is left and nothing that was there is gone. What a format cannot say about
+ΔW itself is refused; what it does not hold beside it (biases, full tensors, the name of the base) is a loss, and
+listed.
 
 Values
 ------
@@ -13,22 +14,25 @@ Values
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
-from lora_analysis.adapter import Adapter
+from lora_analysis.adapter import Adapter, Module
 from lora_analysis.base import BaseWeights, load_base
-from lora_analysis.errors import LoraAnalysisError
+from lora_analysis.errors import LoraAnalysisError, UnsupportedAdapterError
 from lora_analysis.formats import load_adapter
-from lora_analysis.formats.writers import WRITERS, Part, WriteOptions, parts_of
-from lora_analysis.update import LowRankUpdate, Update, rounding_error
+from lora_analysis.formats.files import WEIGHTS
+from lora_analysis.formats.saving import draft, require_destination
+from lora_analysis.formats.writers import WRITERS, Part, WriteOptions, Written, parts_of
+from lora_analysis.formats.writers.losses import cut, left_behind, rounded
+from lora_analysis.update import LowRankUpdate, distance, factors
 
 _EXACT = 1e-6
 """Largest relative difference of a ΔW that was not rounded on purpose: a scale or factor rounded once to float32."""
@@ -47,10 +51,14 @@ class Conversion:
         What was written.
     format : str
     modules : int
+        How many matrices it holds: blocks of one fused weight are one, and modules of r = 0 none.
     losses : tuple of str
         What the new file does not hold, or holds rounded. Empty for a conversion without loss.
     errors : mapping of str to float
-        For every module ``‖ΔW_read_back − ΔW‖_F / ‖ΔW‖_F``, dimensionless; 0 where ΔW is 0 and stays so.
+        For every module that is written ``‖ΔW_read_back − ΔW‖_F / ‖ΔW‖_F``, dimensionless; 0 where ΔW is 0 and stays
+        so.
+    notes : tuple of str
+        Those of the adapter that was read.
     """
 
     path: Path
@@ -58,6 +66,7 @@ class Conversion:
     modules: int
     losses: tuple[str, ...]
     errors: Mapping[str, float]
+    notes: tuple[str, ...] = ()
 
     @property
     def largest_error(self) -> float:
@@ -100,7 +109,8 @@ def convert(
     architecture : str, optional
         GGUF's name of the base's architecture, for gguf.
     heads : (int, int), optional
-        Query and key-value heads of the base, for gguf of architectures whose q and k rows are stored permuted.
+        Query and key-value heads of the base, where either format stores rows of q and k in interleaved order
+        (torchtune, GGUF of llama architectures), or ``split`` cuts a fused weight by them.
     **options
         Of ``load_adapter``, for a path.
 
@@ -112,91 +122,106 @@ def convert(
     ------
     UnsupportedAdapterError
         If the format cannot say ΔW.
+    UndefinedUpdateError
+        If a scale is unknown, or an update holds NaN or infinities.
+    ValueError
+        If there is nothing to write, or something else where it is to be written.
     LoraAnalysisError
-        If a ΔW read back is another than that written: a bug of ours; the written file is not to be used.
+        If a ΔW read back is another than that written: a bug of ours.
     """
     if to not in WRITERS:
         raise ValueError(f"to: expected one of {', '.join(WRITERS)}, got {to!r}.")
+    if isinstance(adapter, Adapter) and options:
+        raise TypeError(f"{', '.join(options)}: options of load_adapter, and this adapter is loaded already.")
+    path, writer = Path(destination), WRITERS[to]
+    require_destination(path, writer.files, WEIGHTS)
     if base is not None and not isinstance(base, BaseWeights):
         base = load_base(base)
     if not isinstance(adapter, Adapter):
-        adapter = load_adapter(adapter, base=base, **options)
-    path = Path(destination)
+        adapter = _loaded(adapter, heads, base=base, **options)
     parts = parts_of(adapter, r=r, dtype=dtype, base=base)
-    writing = WriteOptions(component=component, architecture=architecture, heads=heads)
-    written = WRITERS[to](parts, adapter, path, writing)
-    back = load_adapter(path, format=to, heads=heads if to == "gguf" else None)
-    errors = {part.name: _relative_error(adapter, part, back[written.names[part.name]]) for part in parts}
-    _require_magnitudes(parts, back, written.names, path)
-    _require_equal(errors, parts, adapter, path, dtype)
-    losses = (*_left_behind(adapter), *written.losses, *_rounding(errors, parts, adapter))
-    return Conversion(path, to, len(parts), losses, errors)
+    with draft(path, writer.files) as first:
+        written = writer.write(parts, adapter, first, WriteOptions(component, architecture, heads))
+        errors = _errors(adapter, written, first, path, format=to, heads=heads if to == "gguf" else None)
+    uncut = [part for part in written.parts if not part.truncation_error]
+    changed = [error for part in uncut if (error := max(errors[name] for name in part.modules)) > _NOISE]
+    losses = (*left_behind(adapter, to), *written.losses, *cut(written.parts), *rounded(changed))
+    return Conversion(path, to, len(written.parts), losses, errors, adapter.notes)
 
 
-def _relative_error(adapter: Adapter, part: Part, back: Update) -> float:
-    """‖ΔW_back − ΔW‖ / ‖ΔW‖ without either, where both are products."""
-    update = _original(adapter, part)
-    if isinstance(update, LowRankUpdate) and isinstance(back, LowRankUpdate):
-        up = torch.cat([update.scale * update.up.double(), -back.scale * back.up.double()], 1)
-        difference = LowRankUpdate(up, torch.cat([update.down.double(), back.down.double()]), 1.0).norm()
-    else:
-        difference = float((update.dense() - back.dense()).norm())
-    size = update.norm()
-    if size == 0:
-        return 0.0 if difference == 0 else math.inf
-    return difference / size
+def _loaded(source: str | os.PathLike[str], heads: tuple[int, int] | None, **options: Any) -> Adapter:
+    """The adapter, read with the numbers of heads where they mean something to its format."""
+    if heads is not None:
+        with contextlib.suppress(UnsupportedAdapterError):
+            return load_adapter(source, heads=heads, **options)
+    return load_adapter(source, **options)
 
 
-def _require_magnitudes(parts: list[Part], back: Adapter, names: Mapping[str, str], path: Path) -> None:
-    for part in parts:
-        read = back.modules[names[part.name]].magnitude
-        if part.magnitude is not None and (read is None or not torch.equal(read().flatten(), part.magnitude.flatten())):
-            raise LoraAnalysisError(f"{path}: {part.name!r}: read back, DoRA's magnitude differs. Do not use the file.")
+def _errors(adapter: Adapter, written: Written, first: Path, path: Path, **options: Any) -> dict[str, float]:
+    """Relative difference of each module's ΔW, read back from a first version of the file.
+
+    Raises
+    ------
+    LoraAnalysisError
+        If there are other modules in it, or one differs by more than was cut off and rounded.
+    """
+    try:
+        back = load_adapter(first, **options)
+        found: dict[str, list[str]] = {name: [] for name in written.names.values()}
+        for name, module in back.modules.items():
+            # Some readers take a fused weight apart again.
+            whole = name if name in found else module.target.tensor.removesuffix(".weight")
+            if whole not in found:
+                raise LoraAnalysisError(f"it has a module {name!r}, which was not written.")
+            found[whole].append(name)
+        errors: dict[str, float] = {}
+        for part in written.parts:
+            errors |= _errors_of_part(adapter, part, [back.modules[name] for name in found[written.names[part.name]]])
+    except LoraAnalysisError as error:
+        raise LoraAnalysisError(
+            f"{path}: what was written is not the adapter when read back: {error} Nothing is kept of it; please report "
+            "this."
+        ) from error
+    return errors
 
 
-def _original(adapter: Adapter, part: Part) -> Update:
-    """What a part has to equal: the module itself, or the fused weight its blocks make up."""
-    if part.name in adapter:
-        return adapter[part.name]
-    return LowRankUpdate(part.up, part.down, part.scale)
-
-
-def _require_equal(
-    errors: Mapping[str, float], parts: list[Part], adapter: Adapter, path: Path, dtype: torch.dtype | None
-) -> None:
-    for part in parts:
-        allowed = _EXACT + (0 if dtype is None else 4 * rounding_error(dtype))
-        if part.truncation_error:
-            allowed += (1 + _EXACT) * part.truncation_error / _original(adapter, part).norm()
-        if not errors[part.name] <= allowed:
+def _errors_of_part(adapter: Adapter, part: Part, back: Sequence[Module]) -> dict[str, float]:
+    """Relative difference of each module that a part is made of."""
+    d_out, d_in = part.update.shape
+    ups, downs = [], []
+    for module in back:
+        first, last = module.target.rows or (0, d_out)
+        up, down = factors(update := module.read())
+        if up.shape[0] != last - first or last > d_out or down.shape[1] != d_in:
+            raise LoraAnalysisError(f"{part.name!r} is of shape {module.shape}, not {(d_out, d_in)}.")
+        ups.append(pad(update.scale * up.double(), (0, 0, first, d_out - last)))
+        downs.append(down.double())
+        _require_magnitude(part, module)
+    if not back:
+        raise LoraAnalysisError(f"{part.name!r} is missing.")
+    up, down = torch.cat(ups, dim=1), torch.cat(downs)
+    errors = {}
+    rest = torch.ones(d_out, dtype=torch.bool)
+    for name in part.modules:
+        rows = slice(*(adapter.targets[name].rows or (0, d_out)))
+        rest[rows] = False
+        update = adapter[name]
+        difference, size = distance(update, LowRankUpdate(up[rows], down, 1.0)), update.norm()
+        allowed = _EXACT * (size + part.truncation_error) + part.truncation_error + part.rounding_error
+        if not difference <= allowed:
             raise LoraAnalysisError(
-                f"{path}: {part.name!r}: read back, ΔW differs by {errors[part.name]:.1e} of its norm where at most "
-                f"{allowed:.1e} was to be expected. Do not use the file, and report this."
+                f"ΔW of {name!r} differs by a norm of {difference:.1e} where at most {allowed:.1e} was to be expected, "
+                f"of {size:.1e}."
             )
+        errors[name] = difference / size if size else 0.0
+    if bool(up[rest].any()) and LowRankUpdate(up[rest], down, 1.0).norm() > 0:
+        raise LoraAnalysisError(f"{part.name!r} changes rows that no module changes.")
+    return errors
 
 
-def _left_behind(adapter: Adapter) -> list[str]:
-    """What no writer takes along: tensors beside the updates."""
-    sizes: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for item in adapter.unused:
-        sizes[item.reason] += item.nbytes
-        counts[item.reason] += 1
-    return [f"{counts[reason]} tensors not written ({sizes[reason] / 1e6:.2f} MB): {reason}." for reason in counts]
-
-
-def _rounding(errors: Mapping[str, float], parts: list[Part], adapter: Adapter) -> list[str]:
-    cut = [part.name for part in parts if part.truncation_error]
-    rounded = [error for name, error in errors.items() if error > _NOISE and name not in cut]
-    losses = []
-    if cut:
-        worst = max(errors[name] for name in cut)
-        total = math.sqrt(sum(part.truncation_error**2 for part in parts))
-        whole = math.sqrt(sum(update.norm() ** 2 for update in adapter.values()))
-        losses.append(
-            f"{len(cut)} modules cut to a smaller rank: at most {worst:.2e} of a module's norm is lost, "
-            f"{total / whole:.2e} of that of all together."
-        )
-    if rounded:
-        losses.append(f"{len(rounded)} modules rounded, by at most {max(rounded):.1e} of their norm.")
-    return losses
+def _require_magnitude(part: Part, module: Module) -> None:
+    read = module.magnitude
+    if (part.magnitude is None) != (read is None):
+        raise LoraAnalysisError(f"{part.name!r} has {'no' if read is None else 'a'} magnitude of DoRA.")
+    if part.magnitude is not None and read is not None and not torch.equal(read().flatten(), part.magnitude.flatten()):
+        raise LoraAnalysisError(f"{part.name!r} has another magnitude of DoRA.")

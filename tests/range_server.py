@@ -1,15 +1,24 @@
-"""A real HTTP server over a folder that answers byte ranges, counts what it sends, and misbehaves on request."""
+"""A real HTTP server over a folder that answers byte ranges, counts what it sends, and misbehaves on request.
+
+``change`` may alter each answer to a range: it gets the status, the headers and the body of one, and gives others.
+"""
 
 from __future__ import annotations
 
+import io
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote, urlsplit
+
+Answer = tuple[int, dict[str, str], bytes]
+"""Status, headers and body."""
 
 
 @dataclass
@@ -21,7 +30,10 @@ class Behaviour:
     status: int = 503
     headers: dict[str, str] = field(default_factory=dict)
     ranges: bool = True
-    sizes: bool = True
+    heads: bool = True
+    silence: float = 0.0
+    redirect: str | None = None
+    change: Callable[[Answer], Answer] | None = None
     truncated: int = 0
     forbidden: str | None = None
     sent: int = 0
@@ -41,6 +53,7 @@ def serving(root: Path) -> Iterator[Behaviour]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # headers and body are written one after the other
 
         def log_message(self, format: str, *arguments: object) -> None:
             pass
@@ -61,49 +74,57 @@ def serving(root: Path) -> Iterator[Behaviour]:
             file = behaviour.root / unquote(parts.path).lstrip("/")
             if failing:
                 return self.refuse(behaviour.status)
+            if self.command == "HEAD" and not behaviour.heads:
+                return self.refuse(405)
             if behaviour.forbidden is not None and behaviour.forbidden not in parts.query:
                 return self.refuse(403)
+            if behaviour.redirect is not None:
+                return self.refuse(302, {"Location": f"{behaviour.redirect}{parts.path}"})
             if not file.is_file():
                 return self.refuse(404)
             size = file.stat().st_size
             found = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted or "") if behaviour.ranges else None
             start, stop = (int(found[1]), min(int(found[2]) + 1, size)) if found else (0, size)
-            self.send_response(206 if found else 200)
-            if found:
-                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
-            if behaviour.sizes:
-                self.send_header("Content-Length", str(stop - start))
-            else:
-                self.send_header("Connection", "close")
-                self.close_connection = True
-            self.end_headers()
-            if not body:
-                return None
+            if start >= stop and found:
+                return self.refuse(416, {"Content-Range": f"bytes */{size}"})
+            headers = {"Content-Range": f"bytes {start}-{stop - 1}/{size}"} if found else {}
+            headers |= {"Content-Length": str(stop - start), **behaviour.headers}
+            if behaviour.silence:
+                time.sleep(behaviour.silence)
+            if behaviour.change is not None and found:
+                with file.open("rb") as stream:
+                    stream.seek(start)
+                    status, headers, data = behaviour.change((206, headers, stream.read(stop - start)))
+                return self.send(status, headers, io.BytesIO(data), len(data) if body else 0)
             with behaviour.lock:
-                short = behaviour.truncated > 0
+                short = behaviour.truncated > 0 and body
                 behaviour.truncated -= short
-            with file.open("rb") as stream:
-                stream.seek(start)
-                left = (stop - start) // 2 if short else stop - start
-                while left:
-                    piece = stream.read(min(left, 2**20))
-                    try:
-                        self.wfile.write(piece)
-                    except (BrokenPipeError, ConnectionResetError):
-                        return None  # the client has enough
-                    with behaviour.lock:
-                        behaviour.sent += len(piece)
-                    left -= len(piece)
             if short:
                 self.close_connection = True
-            return None
+            with file.open("rb") as stream:
+                stream.seek(start)
+                count = (stop - start) // 2 if short else stop - start
+                return self.send(206 if found else 200, headers, stream, count if body else 0)
 
-        def refuse(self, status: int) -> None:
+        def send(self, status: int, headers: dict[str, str], stream: IO[bytes], count: int) -> None:
+            """An answer with so many bytes of a stream; without a length, until the connection ends."""
             self.send_response(status)
-            for name, value in behaviour.headers.items():
+            for name, value in headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            if "Content-Length" not in headers:
+                self.send_header("Connection", "close")
+                self.close_connection = True
+            with suppress(BrokenPipeError, ConnectionResetError):  # where the client has enough
+                self.end_headers()
+                while count:
+                    piece = stream.read(min(count, 2**20))
+                    self.wfile.write(piece)
+                    with behaviour.lock:
+                        behaviour.sent += len(piece)
+                    count -= len(piece)
+
+        def refuse(self, status: int, headers: dict[str, str] | None = None) -> None:
+            self.send(status, {**behaviour.headers, **(headers or {}), "Content-Length": "0"}, io.BytesIO(), 0)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True

@@ -402,11 +402,84 @@ def test_stacks_of_experts_in_gguf(tmp_path: Path) -> None:
 EXPERTS = {"gate": (20, 16), "up": (20, 16), "down": (16, 20)}
 
 
-@pytest.mark.parametrize("architecture", ["bloom", "gptneox", "falcon"])
-def test_attentions_that_the_converter_rearranges_are_refused(tmp_path: Path, architecture: str) -> None:
-    base = gguf_of(tmp_path / "m.gguf", architecture, {"blk.0.attn_qkv.weight": torch.randn(96, 32)})
+@pytest.mark.parametrize(
+    ("architecture", "role"),
+    [
+        ("bloom", "attn_qkv"),
+        ("gptneox", "attn_qkv"),
+        ("falcon", "attn_qkv"),
+        ("plamo", "attn_q"),
+        ("plamo", "attn_output"),
+        ("qwen35", "attn_qkv"),
+        ("qwen35moe", "ssm_out"),
+        ("qwen3next", "attn_gate"),
+    ],
+)
+def test_attentions_that_the_converter_rearranges_are_refused(tmp_path: Path, architecture: str, role: str) -> None:
+    name = f"blk.0.{role}.weight"
+    base = gguf_of(tmp_path / "m.gguf", architecture, {name: torch.randn(96, 32), "blk.0.ffn_up.weight": torch.eye(3)})
     with pytest.raises(BaseWeightsError, match=r"GGUF has them in another one for .*Give the original weights"):
-        base.matrix(Target("blk.0.attn_qkv.weight"), (96, 32))
+        base.matrix(Target(name), (96, 32))
+    assert torch.equal(base.matrix(Target("blk.0.ffn_up.weight")), torch.eye(3))
+
+
+def test_rotary_positions_of_images_are_refused(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    for sections in (False, True):
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "glm4")
+        if sections:
+            writer.add_rope_dimension_sections([8, 12, 12, 0])
+        writer.add_tensor("blk.0.attn_k.weight", np.eye(4, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        base = load_base(tmp_path / "m.gguf")
+        if not sections:
+            assert torch.equal(base.matrix(Target("model.layers.0.self_attn.k_proj.weight"), (4, 4)), torch.eye(4))
+            continue
+        with pytest.raises(BaseWeightsError, match="GGUF has them in another one for 'glm4'"):
+            base.matrix(Target("model.layers.0.self_attn.k_proj.weight"), (4, 4))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-embed", "granite", "nemotron_h"])
+def test_the_rows_of_every_descendant_of_the_llama_converter_are_turned(tmp_path: Path, architecture: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    weight = np.random.default_rng(0).standard_normal((32, 16)).astype(np.float32)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+    writer.add_head_count(4)
+    writer.add_tensor("blk.0.attn_q.weight", permuted(weight, 4))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    base = load_base(tmp_path / "m.gguf")
+    assert base.heads == (4, 4)
+    assert torch.equal(base.matrix(Target("blk.0.attn_q.weight"), (32, 16)), torch.from_numpy(weight))
+
+
+def test_a_part_of_a_model_in_gguf_is_no_base(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m-00001-of-00003.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.add_tensor("blk.0.attn_v.weight", np.eye(4, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for source in (tmp_path, tmp_path / "m-00001-of-00003.gguf"):
+        with pytest.raises(BaseWeightsError, match=r"expected a whole model, got one of its 3 parts\. .*--merge"):
+            load_base(source)
+
+
+def test_gguf_in_a_component_of_a_pipeline_is_turned_as_well(tmp_path: Path) -> None:
+    (tmp_path / "text_encoder").mkdir()
+    written = gguf_llama(tmp_path / "text_encoder" / "model.gguf")
+    (tmp_path / "model_index.json").write_text('{"text_encoder": ["transformers", "LlamaModel"]}')
+    base = load_base(tmp_path)
+    q_proj = base.matrix(Target("text_encoder.blk.0.attn_q.weight"), (64, 64))
+    assert torch.equal(q_proj, written["model.layers.0.self_attn.q_proj.weight"])
+    assert base.bytes_read == 64 * 64 * 4
 
 
 def test_amplification_against_gguf_is_that_against_the_original(tmp_path: Path) -> None:

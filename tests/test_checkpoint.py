@@ -346,8 +346,8 @@ def test_a_lying_header_is_refused_before_anything_is_read(tmp_path: Path, conte
 
 
 def test_a_dtype_that_torch_does_not_have_is_named(tmp_path: Path) -> None:
-    path = written(tmp_path / "model.safetensors", header({"a\n": entry([1], 0, 8, "C64")}, bytes(8)))
-    one_line(path, r"'a\\n': expected a dtype torch knows, got 'C64'", lambda path: open_checkpoint(path).dtype("a\n"))
+    path = written(tmp_path / "model.safetensors", header({"a\n": entry([4], 0, 2, "F4")}, bytes(2)))
+    one_line(path, r"'a\\n': expected a dtype torch knows, got 'F4'", lambda path: open_checkpoint(path).dtype("a\n"))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])

@@ -272,6 +272,7 @@ def test_an_adapter_on_the_hub_is_fetched_once(hub: Hub, tmp_path: Path) -> None
             failure(la.load_adapter, "org/many"),
             failure(la.load_adapter, "org/model"),
             failure(la.load_adapter, "org/none"),
+            failure(la.load_adapter, "hf://org/lora/none.safetensors"),
         ]
         print(json.dumps(result))
     """
@@ -286,7 +287,8 @@ def test_an_adapter_on_the_hub_is_fetched_once(hub: Hub, tmp_path: Path) -> None
     assert found["lora"] == found["again"] == local(hub.repository("org/lora"))
     assert found["v2"] == local(hub.repository("org/lora", "v2"))
     assert found["b"] == found["file"] == local(hub.repository("org/many") / "b")
-    many, model, none = found["errors"]
+    many, model, none, file = found["errors"]
+    assert file.startswith("AdapterFormatError: org/lora/none.safetensors: no such path here, and no such")
     assert many.startswith(
         "AdapterFormatError: org/many: expected one adapter, found 2 in folders (a, b). Pass its name="
     )
@@ -333,3 +335,68 @@ def test_what_the_local_cache_holds_of_a_base_is_read_from_there(hub: Hub, tmp_p
     assert "expected the shard 'model-0.safetensors' beside it, found none" in half
     assert none.startswith("BaseWeightsError: org/x: expected it in the local cache, as huggingface_hub is offline")
     assert "\n" not in half + none
+
+
+def test_a_hub_that_cannot_be_asked_is_named_at_once(hub: Hub, tmp_path: Path) -> None:
+    """A mistyped path looks like the id of a repository, and must not cost half a minute."""
+    code = """
+        import time
+        started = time.perf_counter()
+        sources = ("runs/r8", "r8", "hf://org/name/adapter_model.safetensors")
+        errors = [failure(load, source) for source in sources for load in (la.load_adapter, la.load_base)]
+        print(json.dumps([errors, time.perf_counter() - started]))
+    """
+    errors, seconds = run(hub, tmp_path, code, HF_ENDPOINT="http://127.0.0.1:9")
+    assert seconds < 5
+    for error in errors:
+        assert (
+            "no such path here, and the Hugging Face hub could not be asked whether it has such a repository" in error
+        )
+        assert "\n" not in error
+
+
+def test_offline_the_local_cache_is_read_as_a_folder(hub: Hub, tmp_path: Path) -> None:
+    """Also what has no configuration, or a name of its own."""
+    adapter(hub.repository("org/lora"), 0)
+    (hub.repository("org/lora") / "adapter_config.json").unlink()
+    style = hub.repository("org/style")
+    save_file(
+        {"unet.mid.to_q.lora.up.weight": torch.ones(4, 2), "unet.mid.to_q.lora.down.weight": torch.ones(2, 3)},
+        style / "s.safetensors",
+    )
+    save_file({NAME: torch.eye(3)}, hub.repository("org/base") / "odd.safetensors")
+    fetch = """
+        la.load_adapter("org/lora")
+        la.load_adapter("org/style")
+        from huggingface_hub import hf_hub_download
+        hf_hub_download("org/base", "odd.safetensors")
+        print("0")
+    """
+    run(hub, tmp_path, fetch)
+    before = list(hub.requests)
+    code = f"""
+        result = [list(la.load_adapter(source)) for source in ("org/lora", "org/style", "hf://org/style/s.safetensors")]
+        result += [la.load_base(source).matrix(Target({NAME!r})).tolist() for source in ("org/base", "hf://org/base/odd.safetensors")]
+        result += [failure(la.load_adapter, "org/style", revision="v2"), failure(la.load_base, "hf://org/base/none.safetensors")]
+        print(json.dumps(result))
+    """
+    lora, style_a, style_b, base_a, base_b, *errors = run(hub, tmp_path, code, HF_HUB_OFFLINE="1")
+    assert hub.requests == before
+    assert lora == ["model.layers.0.self_attn.q_proj"]
+    assert style_a == style_b == ["unet.mid.to_q"]
+    assert base_a == base_b == torch.eye(3).tolist()
+    for error in errors:
+        assert "expected it in the local cache, as huggingface_hub is offline (HF_HUB_OFFLINE), found none" in error
+
+
+def test_a_base_is_read_of_one_commit(hub: Hub, tmp_path: Path) -> None:
+    sharded(hub.repository("org/model"), 1.0)
+    code = f"""
+        base = la.load_base("org/model")
+        print(json.dumps([base.matrix(Target({NAME!r}))[0, 0].item(), base.source, base.heads]))
+    """
+    (hub.repository("org/model") / "config.json").write_text('{"num_attention_heads": 6, "num_key_value_heads": 2}')
+    assert run(hub, tmp_path, code) == [1.0, "org/model", [6, 2]]
+    files = [request.split(" ")[1] for request in hub.requests if "/resolve/" in request]
+    assert files
+    assert all(file.startswith(f"/org/model/resolve/{COMMITS['main']}/") for file in files)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,17 @@ def test_damaged_four_bit_weights_are_named() -> None:
         ({key: edited(state, shape=[64, 0])}, "expected a shape and sizes of blocks"),
         ({key: edited(state, blocksize=0)}, "expected a shape and sizes of blocks"),
         ({key: edited(state, blocksize=True)}, "expected a shape and sizes of blocks"),
-        ({key: edited(state, nested_offset="x")}, "expected a shape and sizes of blocks"),
+        ({key: edited(state, nested_offset="x")}, "expected a finite nested_offset, got 'x'"),
+        ({key: edited(state, nested_offset=math.nan)}, "expected a finite nested_offset, got 'nan'"),
+        ({key: edited(state, nested_offset=10**400)}, "expected a finite nested_offset, got '1000"),
+        ({key: edited(state, nested_offset=True)}, "expected a finite nested_offset"),
         ({key: edited(state, dtype="complex64")}, "expected a dtype of float16"),
         ({key: edited(state, dtype=["x"])}, "expected a dtype of float16"),
         ({key: edited(state, shape=[64, 64])}, r"expected 2,048 bytes of codes, got 1,024"),
-        ({key: edited(state, blocksize=128)}, r"absmax': expected 16 codes of one byte, got 32"),
+        ({key: edited(state, blocksize=128)}, r"absmax': expected 16 codes of one byte, got torch.uint8 \(32,\)"),
+        ({key: edited(state, shape=[64, 16])}, r"expected 512 bytes of codes, got 1,024"),
+        ({"lin.weight.absmax": torch.zeros(32)}, r"absmax': expected 32 codes of one byte, got torch.float32"),
+        ({"lin.weight.quant_state.bitsandbytes__fp4": state}, "expected one kind of 4-bit weight, got two"),
         ({"lin.weight.quant_map": torch.zeros(15)}, r"quant_map': expected 16 floating-point numbers"),
         ({"lin.weight.nested_absmax": torch.zeros(9)}, r"nested_absmax': expected 1 floating-point numbers"),
         ({"lin.weight.nested_quant_map": torch.zeros(2, dtype=torch.int8)}, "expected 256 floating-point"),
@@ -156,10 +163,24 @@ def test_damaged_four_bit_weights_are_named() -> None:
         with pytest.raises(BaseWeightsError, match=match) as caught:
             load_base(saved | change).matrix(Target("lin.weight"))
         assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith("state dict: 'lin.weight")
         assert len(str(caught.value)) < 400
-    without = {name: tensor for name, tensor in saved.items() if name != "lin.weight.quant_map"}
-    with pytest.raises(BaseWeightsError, match="expected it beside the quantised weight, found none"):
-        load_base(without).matrix(Target("lin.weight"))
+    for part in ("quant_map", "absmax", "nested_absmax"):
+        without = {name: tensor for name, tensor in saved.items() if name != f"lin.weight.{part}"}
+        with pytest.raises(BaseWeightsError, match="expected it beside the quantised weight, found none"):
+            load_base(without).matrix(Target("lin.weight"))
+
+
+def test_a_block_that_claims_to_be_huge_costs_no_memory() -> None:
+    saved, oracle = four_bits(torch.randn(64, 32), "nf4", nested=True)
+    key = "lin.weight.quant_state.bitsandbytes__nf4"
+    claimed = saved | {key: edited(saved[key], nested_blocksize=2**31 - 1)}
+    # 32 scales of blocks lie in one nested block of 256, as well as in one of any larger size.
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert torch.equal(load_base(claimed).matrix(Target("lin.weight"), (64, 32)), oracle)
+    unit = 1 if sys.platform == "darwin" else 2**10
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 2**30
 
 
 @pytest.mark.parametrize("layout", [None, 0])
@@ -202,6 +223,10 @@ def test_damaged_eight_bit_weights_are_named() -> None:
         ({"a.weight": torch.ones(2, 2, 3, dtype=torch.int8), "a.SCB": torch.ones(2)}, "expected a matrix of codes"),
         (
             {"a.weight": codes, "a.SCB": torch.ones(4), "a.weight_format": torch.tensor(2, dtype=torch.uint8)},
+            "expected 8-bit codes in rows, got a layout of older bitsandbytes",
+        ),
+        (
+            {"a.weight": codes, "a.SCB": torch.ones(4), "a.weight_format": torch.zeros(3, dtype=torch.uint8)},
             "expected 8-bit codes in rows, got a layout of older bitsandbytes",
         ),
         ({"a.weight": codes}, "got torch.int8: a quantised base. Give the original weights"),

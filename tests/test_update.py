@@ -27,7 +27,7 @@ from lora_analysis.measures.spectrum import (
     participation_ratio,
     stable_rank,
 )
-from lora_analysis.update import DenseUpdate, LowRankUpdate, Update, factors, rounding_error, with_scale
+from lora_analysis.update import DenseUpdate, LowRankUpdate, Update, distance, factors, rounding_error, with_scale
 
 # Against the dense matrix only sigma_1 sets the scale of errors: its own SVD is no better than that.
 DENSE = 1e-13
@@ -585,3 +585,21 @@ def test_factors_that_ask_for_gradients_are_fine() -> None:
     np.testing.assert_allclose(update.singular_values().numpy(), oracle, rtol=1e-6)
     assert not any(part.requires_grad for part in (*update.svd(), *update.core(), update.dense()))
     assert update.norm() == pytest.approx(float(np.linalg.norm(oracle)), rel=1e-6)
+
+
+@pytest.mark.parametrize("kinds", ["low rank", "mixed"])
+def test_the_distance_of_two_updates_is_the_norm_of_their_difference(kinds: str) -> None:
+    a, b = random_update(9, 7, 3, 1.5), random_update(9, 7, 12, -0.3, seed=1)
+    other: Update = b if kinds == "low rank" else DenseUpdate(torch.from_numpy(dense_oracle(b)))
+    exact = float(np.linalg.norm(dense_oracle(a) - dense_oracle(b)))
+    assert distance(a, other) == pytest.approx(exact, rel=1e-12)
+    assert distance(other, a) == pytest.approx(exact, rel=1e-12)
+    assert distance(a, a) < 1e-13 * a.norm()
+
+
+def test_a_distance_needs_one_shape_and_known_scales() -> None:
+    with pytest.raises(ValueError, match=r"expected two updates of one shape, got \(3, 4\) and \(4, 3\)"):
+        distance(random_update(3, 4, 1), random_update(4, 3, 1))
+    for scales in ((math.nan, 1.0), (1.0, math.nan)):
+        with pytest.raises(UndefinedUpdateError, match="Pass alpha="):
+            distance(*(random_update(3, 4, 1, scale) for scale in scales))

@@ -12,9 +12,10 @@ Values
 
 Modules
 -------
-``opening`` (what a source is), ``weights`` (``BaseWeights``), ``names`` (prefixes), ``layouts`` (fused and stacked
-weights), ``orientation`` (turned or not), ``vocabulary`` (resized embeddings), ``quantised`` and ``bitsandbytes``
-(dequantisation), ``gguf`` (GGUF as a base), ``composite`` (pipelines, bytes read).
+``opening`` (``load_base``), ``sources`` (where weights are), ``weights`` (``BaseWeights``), ``architecture`` (which
+model, how many heads), ``names`` (prefixes), ``stores`` and ``layouts`` (fused and stacked weights), ``matrices``
+(from a target to a matrix), ``orientation`` (turned or not), ``vocabulary`` (resized embeddings), ``quantised`` and
+``bitsandbytes`` (dequantisation), ``gguf`` (GGUF as a base), ``composite`` (pipelines, bytes read).
 """
 
 from lora_analysis.base.opening import load_base

@@ -36,7 +36,9 @@ PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _MOST_BYTES = 10_000
+_LARGEST_OFFSET = 1e30
 _LARGEST_INT8 = 127
+_ROW_MAJOR = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,11 @@ def _state(state: Mapping[str, object], name: str) -> State4bit:
     blocksize, nested = state.get("blocksize"), state.get("nested_blocksize")
     offset = state.get("nested_offset", 0.0)
     sizes = [*(shape if isinstance(shape, list) else [None]), blocksize, *([] if nested is None else [nested])]
-    if not all(type(size) is int and 0 < size < 2**31 for size in sizes) or not isinstance(offset, int | float):
+    if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
         raise BaseWeightsError(f"{name!r}: expected a shape and sizes of blocks, got {str(dict(state))[:200]}.")
+    # One that is NaN, infinite or a whole number past all floats would make every weight so.
+    if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) < _LARGEST_OFFSET:
+        raise BaseWeightsError(f"{name!r}: expected a finite nested_offset, got {str(offset)[:40]!r}.")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise BaseWeightsError(f"{name!r}: expected a dtype of {', '.join(_DTYPES)}, got {str(dtype)[:40]!r}.")
     return State4bit(
@@ -97,14 +102,16 @@ def dequantised_4bit(checkpoint: Checkpoint, weight: str, state: State4bit) -> T
     """
     count = math.prod(state.shape)
     blocks = -(-count // state.blocksize)
-    packed = checkpoint[weight].contiguous().reshape(-1).view(torch.uint8)  # the storage may pose as another dtype
-    if packed.numel() < -(-count // 2):
-        raise BaseWeightsError(f"{weight!r}: expected {-(-count // 2):,} bytes of codes, got {packed.numel():,}.")
+    stored = checkpoint[weight]
+    packed = stored.contiguous().reshape(-1).view(torch.uint8)  # the storage may pose as another dtype
+    needed = -(-count // 2)
+    if not needed <= packed.numel() < needed + stored.itemsize:
+        raise BaseWeightsError(f"{weight!r}: expected {needed:,} bytes of codes, got {packed.numel():,}.")
     absmax = _absmax(checkpoint, weight, state, blocks)
     values = _exactly(checkpoint, f"{weight}.quant_map", 16)
     # One look-up gives both numbers of a byte.
     pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)
-    numbers = pairs.index_select(0, packed[: -(-count // 2)].int()).reshape(-1)[:count]
+    numbers = pairs.index_select(0, packed[:needed].int()).reshape(-1)[:count]
     whole = count // state.blocksize * state.blocksize
     numbers[:whole].view(-1, state.blocksize).mul_(absmax[: count // state.blocksize, None])
     numbers[whole:].mul_(absmax[-1])
@@ -115,12 +122,17 @@ def _absmax(checkpoint: Checkpoint, weight: str, state: State4bit, blocks: int) 
     stored = f"{weight}.absmax"
     if state.nested_blocksize is None:
         return _exactly(checkpoint, stored, blocks)
+    _require_there(checkpoint, stored)
+    if checkpoint.dtype(stored) is not torch.uint8 or math.prod(checkpoint.shape(stored)) != blocks:
+        raise BaseWeightsError(
+            f"{stored!r}: expected {blocks} codes of one byte, got {checkpoint.dtype(stored)} "
+            f"{checkpoint.shape(stored)}."
+        )
     codes = checkpoint[stored].reshape(-1)
-    if codes.dtype is not torch.uint8 or codes.numel() != blocks:
-        raise BaseWeightsError(f"{stored!r}: expected {blocks} codes of one byte, got {codes.numel()} {codes.dtype}.")
     scales = _exactly(checkpoint, f"{weight}.nested_absmax", -(-blocks // state.nested_blocksize))
     values = _exactly(checkpoint, f"{weight}.nested_quant_map", 256)
-    return values[codes.int()] * scales.repeat_interleave(state.nested_blocksize)[:blocks] + state.nested_offset
+    # Not by repeating the scales: a block may claim to be larger than all codes together.
+    return values[codes.int()] * scales[torch.arange(blocks) // state.nested_blocksize] + state.nested_offset
 
 
 def dequantised_8bit(checkpoint: Checkpoint, weight: str, scales: str) -> Tensor:
@@ -129,17 +141,27 @@ def dequantised_8bit(checkpoint: Checkpoint, weight: str, scales: str) -> Tensor
     Raises
     ------
     BaseWeightsError
-        If there is not one scale per row.
+        If there is not one scale per row, or the codes are in an order that was made for one kind of GPU.
     """
+    layout = f"{scales.removesuffix('SCB')}weight_format"
+    if layout in checkpoint and (math.prod(checkpoint.shape(layout)) != 1 or int(checkpoint[layout]) != _ROW_MAJOR):
+        raise BaseWeightsError(
+            f"{weight!r}: expected 8-bit codes in rows, got a layout of older bitsandbytes for one kind of GPU. Save "
+            "it again with a newer bitsandbytes, or give the original weights."
+        )
     codes = checkpoint[weight]
     if codes.ndim != 2:
         raise BaseWeightsError(f"{weight!r}: expected a matrix of codes, got shape {tuple(codes.shape)}.")
     return codes.float() * (_exactly(checkpoint, scales, codes.shape[0])[:, None] / _LARGEST_INT8)
 
 
-def _exactly(checkpoint: Checkpoint, name: str, count: int) -> Tensor:
+def _require_there(checkpoint: Checkpoint, name: str) -> None:
     if name not in checkpoint:
         raise BaseWeightsError(f"{name!r}: expected it beside the quantised weight, found none.")
+
+
+def _exactly(checkpoint: Checkpoint, name: str, count: int) -> Tensor:
+    _require_there(checkpoint, name)
     if math.prod(checkpoint.shape(name)) != count or not checkpoint.dtype(name).is_floating_point:
         raise BaseWeightsError(
             f"{name!r}: expected {count} floating-point numbers, got {checkpoint.dtype(name)} {checkpoint.shape(name)}."

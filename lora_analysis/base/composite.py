@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_analysis.base.gguf import GGUFWeights
+from lora_analysis.checkpoint.byte_count import ByteCount
 from lora_analysis.checkpoint.folders import RemoteShards
 from lora_analysis.checkpoint.protocol import Checkpoint, nbytes, rows
 from lora_analysis.checkpoint.remote_safetensors import RemoteSafetensors
@@ -24,7 +25,7 @@ class Components:
     """
 
     def __init__(self, components: Mapping[str, Checkpoint]) -> None:
-        self._components = {name: measured(checkpoint) for name, checkpoint in components.items()}
+        self._components = {name: counted(checkpoint) for name, checkpoint in components.items()}
         self._places = {
             f"{component}.{name}": (checkpoint, name)
             for component, checkpoint in self._components.items()
@@ -61,9 +62,14 @@ class Components:
         return checkpoint.dtype(inner)
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes read of all components."""
-        return sum(checkpoint.bytes_read for checkpoint in self._components.values())
+    def is_remote(self) -> bool:
+        """Whether any component is read over a network."""
+        return any(is_remote(checkpoint) for checkpoint in self._components.values())
+
+    @property
+    def counts(self) -> set[ByteCount]:
+        """The counts of all components; those read from one remote folder share theirs."""
+        return {checkpoint.count for checkpoint in self._components.values()}
 
     @property
     def bytes_total(self) -> int:
@@ -77,7 +83,7 @@ class Counted:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self.metadata: Mapping[str, str] = checkpoint.metadata
-        self.bytes_read = 0
+        self.count = ByteCount()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._checkpoint)
@@ -109,21 +115,34 @@ class Counted:
         return sum(nbytes(self._checkpoint, name) for name in self._checkpoint)
 
     def _counted(self, tensor: Tensor) -> Tensor:
-        self.bytes_read += tensor.numel() * tensor.itemsize
+        self.count.add(tensor.numel() * tensor.itemsize)
         return tensor
 
 
-Measured = RemoteSafetensors | RemoteShards | GGUFWeights | Components | Counted
-"""Checkpoints that know ``bytes_read`` and ``bytes_total``."""
+Counting = RemoteSafetensors | RemoteShards | GGUFWeights | Counted
+"""Checkpoints with a ``count`` of the bytes read, and ``bytes_total``."""
 
 
-def measured(checkpoint: Checkpoint) -> Measured:
+def counted(checkpoint: Checkpoint) -> Counting:
     """A checkpoint that knows how much of it was read: itself, or one that counts."""
-    return checkpoint if isinstance(checkpoint, Measured) else Counted(checkpoint)
+    return checkpoint if isinstance(checkpoint, Counting) else Counted(checkpoint)
 
 
-def size_report(read: int, total: int) -> str:
-    """How much of how much was read, both in the unit that suits the whole.
+def bytes_read(checkpoint: Components | Counting) -> int:
+    """Bytes read so far of a checkpoint, or of all components of one."""
+    counts = checkpoint.counts if isinstance(checkpoint, Components) else {checkpoint.count}
+    return sum(count.value for count in counts)
+
+
+def is_remote(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint, or any component of one, is read over a network."""
+    if isinstance(checkpoint, Components):
+        return checkpoint.is_remote
+    return isinstance(checkpoint, RemoteSafetensors | RemoteShards)
+
+
+def size_report(read: int, total: int | None) -> str:
+    """How much of how much was read, both in the unit that suits the whole; without it where nobody knows.
 
     Examples
     --------
@@ -131,12 +150,15 @@ def size_report(read: int, total: int) -> str:
     'read 0.31 of 13.5 GB'
     >>> size_report(512, 40_000)
     'read 0.51 of 40.0 kB'
+    >>> size_report(512_000, None)
+    'read 0.51 MB'
     """
+    whole = 2 * read if total is None else total
     unit, factor = next(
-        ((unit, factor) for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if total >= factor), ("kB", 1e3)
+        ((unit, factor) for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if whole >= factor), ("kB", 1e3)
     )
 
     def written(count: int) -> str:
         return f"{count / factor:.2f}" if count < 10 * factor else f"{count / factor:.1f}"
 
-    return f"read {written(read)} of {written(total)} {unit}"
+    return f"read {written(read)}{'' if total is None else f' of {written(total)}'} {unit}"

@@ -16,13 +16,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from lora_analysis.checkpoint.byte_count import ByteCount
 from lora_analysis.checkpoint.gguf_file import GGUFFile
-from lora_analysis.checkpoint.gguf_names import Place, gguf_place, head_counts, permuted_heads
+from lora_analysis.checkpoint.gguf_header import Field
+from lora_analysis.checkpoint.gguf_names import Place, gguf_place, head_counts, permuted_heads, reordered
 from lora_analysis.checkpoint.rotary import half_split_order
 from lora_analysis.errors import BaseWeightsError
-
-_REORDERED = {"bloom", "falcon", "gptneox"}
-"""Architectures whose fused q, k, v the converter takes apart by heads and puts together again in another order."""
 
 _ARCHITECTURE = "general.architecture"
 
@@ -36,6 +35,8 @@ class GGUFWeights:
 
     Attributes
     ----------
+    count : ByteCount
+        Bytes of the tensors that were read, as stored.
     kinds : Counter
         How many tensors are dequantised, by GGUF's type.
     """
@@ -43,8 +44,9 @@ class GGUFWeights:
     def __init__(self, file: GGUFFile) -> None:
         self._file = file
         self.metadata: Mapping[str, str] = file.metadata
+        self.fields: Mapping[str, Field] = file.fields
         self.architecture = str(file.fields.get(_ARCHITECTURE, ""))
-        self.bytes_read = 0
+        self.count = ByteCount()
         self.kinds = Counter(f"GGUF {file.stored_type(name)}" for name in file if file.is_quantised(name))
 
     def place(self, tensor: str) -> Place | None:
@@ -66,7 +68,7 @@ class GGUFWeights:
     def __getitem__(self, name: str) -> Tensor:
         order = self._order(name)
         numbers = self._file[name]
-        self.bytes_read += self._file.stored_nbytes(name)
+        self.count.add(self._file.stored_nbytes(name))
         return numbers if order is None else numbers[order]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -74,8 +76,9 @@ class GGUFWeights:
         order = self._order(name)
         if order is not None:
             return self[name][start:stop]
-        self.bytes_read += self._file.stored_nbytes(name) * (stop - start) // max(1, self.shape(name)[0])
-        return self._file.rows(name, start, stop)
+        taken = self._file.rows(name, start, stop)
+        self.count.add(self._file.stored_nbytes(name) * len(taken) // max(1, self.shape(name)[0]))
+        return taken
 
     @property
     def bytes_total(self) -> int:
@@ -85,9 +88,9 @@ class GGUFWeights:
     def _order(self, name: str) -> Tensor | None:
         """The order of a tensor's rows that a model has elsewhere; None where it is the file's own."""
         where = f"{self._file.path}: {name!r}"
-        if ".attn_qkv." in name and self.architecture in _REORDERED:
+        if reordered(name, self.fields):
             raise BaseWeightsError(
-                f"{where}: expected q, k and v in the model's own order, GGUF has them in another one for "
+                f"{where}: expected heads in the model's own order, GGUF has them in another one for "
                 f"{self.architecture!r}. Give the original weights."
             )
         if permuted_heads(name, self.architecture, (1, 1)) is None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 
 _WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "base_layer"}
 _PREFIXES = ("module.", "base_model.model.")
 _MAX_DROPPED = 2
+_LONGEST_END = 4
 
 
 def plain_name(name: str) -> str:
@@ -24,10 +26,38 @@ def plain_name(name: str) -> str:
     return name
 
 
+class NamesByEnd:
+    """Names, found by what they end in: a base of experts has tens of thousands, and is asked as often.
+
+    Examples
+    --------
+    >>> names = NamesByEnd(["unet.mid.to_q.weight", "mid.to_q.weight", "unet.mid.to_k.weight"])
+    >>> names.longer_than("mid.to_q.weight")
+    ['unet.mid.to_q.weight']
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = names
+
+    @cached_property
+    def _by_end(self) -> dict[tuple[str, ...], list[str]]:
+        found: dict[tuple[str, ...], list[str]] = {}
+        for name in self._names:
+            components = name.rsplit(".", _LONGEST_END)[-_LONGEST_END:]
+            for count in range(1, len(components) + 1):
+                found.setdefault(tuple(components[-count:]), []).append(name)
+        return found
+
+    def longer_than(self, ending: str) -> list[str]:
+        """The names that end in this one after a dot."""
+        end = tuple(ending.rsplit(".", _LONGEST_END)[-_LONGEST_END:])
+        return [name for name in self._by_end.get(end, ()) if name.endswith(f".{ending}")]
+
+
 def one_change_of_prefix(
     wanted: Sequence[str],
     there: Callable[[str], bool],
-    names: Iterable[str],
+    names: NamesByEnd,
     stored_as: Callable[[str], Iterable[str]],
 ) -> list[dict[str, str]]:
     """The names under which a base has all of an adapter's tensors, by each change of prefix that serves them all.
@@ -38,7 +68,7 @@ def one_change_of_prefix(
         The adapter's names, without doubles.
     there : callable
         Whether the base has a tensor, stored in whichever way.
-    names : iterable of str
+    names : NamesByEnd
         The base's own names.
     stored_as : callable
         The names of a tensor that a base may have instead of one.
@@ -58,13 +88,8 @@ def one_change_of_prefix(
             if all(there(name) for name in shorter.values()):
                 return [shorter]
     # Every name of the base that ends in the first one proposes a prefix.
-    endings = tuple(f".{name}" for name in (wanted[0], *stored_as(wanted[0])))
-    prefixes = {
-        name.removesuffix(ending[1:]): None
-        for name in names
-        if name.endswith(endings)
-        for ending in endings
-        if name.endswith(ending)
-    }
+    prefixes = dict.fromkeys(
+        name.removesuffix(ending) for ending in (wanted[0], *stored_as(wanted[0])) for name in names.longer_than(ending)
+    )
     fitting = [prefix for prefix in prefixes if all(there(prefix + tensor) for tensor in wanted)]
     return [{tensor: prefix + tensor for tensor in wanted} for prefix in fitting]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -46,7 +46,9 @@ _REFUSED = (
     ("_scale", "", "fp8"),
     ("_scales", "", "fp8"),
 )
-_ROW_MAJOR = 0
+_ENDINGS = (*STATES.values(), "SCB", *(ending for ending, _, _ in _REFUSED))
+
+Result = TypeVar("Result")
 
 
 class Dequantised:
@@ -69,8 +71,8 @@ class Dequantised:
         self._where = where
         self.metadata: Mapping[str, str] = checkpoint.metadata
         self.kinds: Counter[str] = Counter()
-        self._read: dict[str, Callable[[], Tensor]] = {}
         self._kind_of_4bit: dict[str, str] = {}
+        self._scales_of_8bit: dict[str, str] = {}
         self._states: dict[str, State4bit] = {}
         self._refused: dict[str, tuple[str, str]] = {}
         hidden: set[str] = set()
@@ -80,17 +82,20 @@ class Dequantised:
 
     def _recognised(self, name: str) -> Iterator[str]:
         """The tensors beside a weight that are part of it, if this one shows what the weight is."""
+        if not name.endswith(_ENDINGS):
+            return
         for kind, ending in STATES.items():
             if name.endswith(ending) and (weight := name.removesuffix(ending)) in self._checkpoint:
+                if weight in self._kind_of_4bit:
+                    raise BaseWeightsError(f"{self._where}: {weight!r}: expected one kind of 4-bit weight, got two.")
                 self._kind_of_4bit[weight] = kind
-                self._read[weight] = partial(self._from_4bit, weight)
                 self.kinds[f"bitsandbytes 4-bit ({kind})"] += 1
                 yield name
                 yield from (weight + part for part in PARTS)
         module, _, last = name.rpartition(".")
         weight = f"{module}.weight" if module else "weight"
         if last == "SCB" and weight in self._checkpoint and self._checkpoint.dtype(weight) is torch.int8:
-            self._read[weight] = partial(self._from_8bit, weight, name)
+            self._scales_of_8bit[weight] = name
             self.kinds["bitsandbytes 8-bit"] += 1
             yield name
             yield f"{module}.weight_format" if module else "weight_format"
@@ -113,12 +118,17 @@ class Dequantised:
 
     def __getitem__(self, name: str) -> Tensor:
         self.require_readable(name)
-        return self._read[name]() if name in self._read else self._checkpoint[name]
+        if name in self._kind_of_4bit:
+            state = self._state(name)
+            return self._located(lambda: dequantised_4bit(self._checkpoint, name, state))
+        if name in self._scales_of_8bit:
+            return self._located(lambda: dequantised_8bit(self._checkpoint, name, self._scales_of_8bit[name]))
+        return self._checkpoint[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Part of a tensor along its first axis."""
         self.require_readable(name)
-        return self[name][start:stop] if name in self._read else rows(self._checkpoint, name, start, stop)
+        return self[name][start:stop] if self._is_read(name) else rows(self._checkpoint, name, start, stop)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The true shape of a weight, also of one that is stored packed."""
@@ -134,11 +144,11 @@ class Dequantised:
             return self._state(name).dtype
         if name in self._refused and name not in self._checkpoint:
             self.require_readable(name)
-        return torch.float32 if name in self._read else self._checkpoint.dtype(name)
+        return torch.float32 if name in self._scales_of_8bit else self._checkpoint.dtype(name)
 
     def require_readable(self, name: str) -> None:
         """Raise a ``BaseWeightsError`` that names the quantisation, if a tensor is of one that is not read."""
-        if name in self._read:
+        if self._is_read(name):
             return
         beside, kind = self._refused.get(name, ("", ""))
         if beside.endswith(".qweight"):
@@ -161,25 +171,19 @@ class Dequantised:
         packed = self._checkpoint.shape(f"{module}.qweight")
         return "GPTQ" if packed[-1:] == self._checkpoint.shape(scales)[-1:] else "AWQ"
 
+    def _is_read(self, name: str) -> bool:
+        """Whether a tensor is a quantised weight that comes back dequantised."""
+        return name in self._kind_of_4bit or name in self._scales_of_8bit
+
     def _state(self, weight: str) -> State4bit:
         if weight not in self._states:
-            self._states[weight] = read_state(self._checkpoint, weight, self._kind_of_4bit[weight])
+            kind = self._kind_of_4bit[weight]
+            self._states[weight] = self._located(lambda: read_state(self._checkpoint, weight, kind))
         return self._states[weight]
 
-    def _from_4bit(self, weight: str) -> Tensor:
+    def _located(self, read: Callable[[], Result]) -> Result:
+        """The result of reading, with the source named where it fails."""
         try:
-            return dequantised_4bit(self._checkpoint, weight, self._state(weight))
-        except BaseWeightsError as error:
-            raise BaseWeightsError(f"{self._where}: {error}") from error
-
-    def _from_8bit(self, weight: str, scales: str) -> Tensor:
-        layout = scales.removesuffix("SCB") + "weight_format"
-        if layout in self._checkpoint and int(self._checkpoint[layout]) != _ROW_MAJOR:
-            raise BaseWeightsError(
-                f"{self._where}: {weight!r}: expected 8-bit codes in rows, got a layout of older bitsandbytes for one "
-                "kind of GPU. Save it again with a newer bitsandbytes, or give the original weights."
-            )
-        try:
-            return dequantised_8bit(self._checkpoint, weight, scales)
+            return read()
         except BaseWeightsError as error:
             raise BaseWeightsError(f"{self._where}: {error}") from error

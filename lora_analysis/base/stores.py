@@ -35,7 +35,10 @@ class Stores:
 
     def recipe(self, tensor: str, expert: int | None) -> Recipe | None:
         """The base's own tensors, or blocks of them, that give a matrix; None if it lacks it."""
-        for recipe in (Recipe((Part(tensor, expert=expert),)), *recipes(tensor, expert)):
+        own = self._place(Part(tensor, expert=expert))
+        if own is not None:
+            return Recipe((own,))
+        for recipe in recipes(tensor, expert):
             places = [self._place(part) for part in recipe.parts]
             beside = recipe.beside is None or self._place(Part(recipe.beside)) is not None
             without = recipe.without is None or self._place(Part(recipe.without)) is None

@@ -5,22 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_analysis.adapter import Target
-from lora_analysis.base.composite import Measured, measured, size_report
+from lora_analysis.base.architecture import Architecture
+from lora_analysis.base.composite import Components, bytes_read, counted, is_remote, size_report
 from lora_analysis.base.gguf import GGUFWeights
-from lora_analysis.base.layouts import Part, Recipe, is_stack
-from lora_analysis.base.names import one_change_of_prefix, plain_name
-from lora_analysis.base.orientation import ProvenTransposed, Slices, slices
+from lora_analysis.base.layouts import is_stack
+from lora_analysis.base.matrices import Matrices
+from lora_analysis.base.names import NamesByEnd, one_change_of_prefix, plain_name
 from lora_analysis.base.quantised import Dequantised
 from lora_analysis.base.stores import Stores, stored_as
-from lora_analysis.base.vocabulary import is_vocabulary, matched_rows, vocabulary_axis
-from lora_analysis.checkpoint.protocol import Checkpoint, rows
-from lora_analysis.errors import BaseWeightsError
+from lora_analysis.checkpoint.protocol import Checkpoint
+from lora_analysis.errors import BaseWeightsError, CheckpointError
 
 _DEQUANTISED = "dequantised when read: the rounded weights, not the original ones"
 
@@ -35,6 +36,8 @@ class BaseWeights:
     ----------
     source : str
         Path, hub id or URL, or a name for what was given in memory.
+    is_remote, is_quantised : bool
+        Whether it is read over a network, and whether any of its weights are dequantised when they are read.
     """
 
     def __init__(
@@ -45,19 +48,33 @@ class BaseWeights:
         reopen: Callable[[], tuple[Any, ...]],
         device: str | torch.device = "cpu",
         stored: Mapping[str, bool] | None = None,
+        architecture: Callable[[], Architecture] = Architecture,
     ) -> None:
         self.source = source
-        self._measured: Measured = measured(checkpoint)
-        readable = Dequantised(self._measured, source)
-        self._checkpoint = readable
+        self._measured = checkpoint if isinstance(checkpoint, Components) else counted(checkpoint)
+        self._checkpoint = Dequantised(self._measured, source)
         self._reopen = reopen
-        self._device = torch.device(device)
-        self._names = {plain_name(name): name for name in readable}
-        self._stores = Stores(self._names, checkpoint if isinstance(checkpoint, GGUFWeights) else None)
-        self._stored = stored
-        self._proven = ProvenTransposed(self._names, lambda name: readable.shape(self._names[name]))
-        kinds = checkpoint.kinds if isinstance(checkpoint, GGUFWeights) else readable.kinds
+        self._architecture = architecture
+        self._names = _plain_names(self._checkpoint, source)
+        self._by_end = NamesByEnd(self._names)
+        gguf = checkpoint if isinstance(checkpoint, GGUFWeights) else None
+        self._stores = Stores(self._names, gguf)
+        kinds = self._checkpoint.kinds if gguf is None else gguf.kinds
+        self.is_remote = is_remote(checkpoint)
+        self.is_quantised = bool(kinds)
         self._notes = {f"{count} tensors are {kind}, {_DEQUANTISED}.": None for kind, count in sorted(kinds.items())}
+        self._matrices = Matrices(
+            self._checkpoint,
+            self._names,
+            self._stores,
+            source=source,
+            stored_transposed=stored or {},
+            device=torch.device(device),
+            note=self._note,
+        )
+
+    def _note(self, note: str) -> None:
+        self._notes[note] = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._reopen()
@@ -79,12 +96,31 @@ class BaseWeights:
         """What was done to weights before they were given: dequantised, or rows of a vocabulary matched."""
         return tuple(self._notes)
 
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Which model it is and how many heads it has, as the configuration beside it or its header says.
+
+        Raises
+        ------
+        BaseWeightsError
+            If there is a configuration that cannot be read.
+        """
+        try:
+            return self._architecture()
+        except CheckpointError as error:
+            raise BaseWeightsError(str(error)) from error
+
+    @property
+    def heads(self) -> tuple[int, int] | None:
+        """Numbers of query and of key-value heads, where all layers have the same; None where nothing says."""
+        return self.architecture.heads
+
     @property
     def bytes_read(self) -> int:
         """Bytes read so far: of a remote base all that came over the network, of another the tensors that were read."""
-        return self._measured.bytes_read
+        return bytes_read(self._measured)
 
-    @property
+    @cached_property
     def bytes_total(self) -> int:
         """Bytes of the whole base."""
         return self._measured.bytes_total
@@ -99,7 +135,11 @@ class BaseWeights:
         >>> base.matrix(Target("a.weight")).shape, base.report()
         (torch.Size([100, 10]), 'read 4.00 of 12.0 kB')
         """
-        return size_report(self.bytes_read, self.bytes_total)
+        try:
+            total = self.bytes_total
+        except CheckpointError:  # a server that does not answer any more is no reason to lose what was read
+            return size_report(self.bytes_read, None)
+        return size_report(self.bytes_read, total)
 
     def find(self, tensor: str) -> str:
         """The name under which the base has one tensor; see ``find_all``."""
@@ -129,7 +169,7 @@ class BaseWeights:
             If no change of prefix fits, or several do.
         """
         wanted = list(dict.fromkeys(tensors))
-        fitting = one_change_of_prefix(wanted, self._stores.has, self._names, stored_as)
+        fitting = self._fitting(wanted)
         if len(fitting) == 1:
             return fitting[0]
         if fitting:
@@ -144,6 +184,21 @@ class BaseWeights:
             f"{len(self)} (first: {next(iter(self._names), 'nothing')!r}), nor all of the adapter's under another "
             f"prefix. {self._stores.hint(missing)}"
         )
+
+    def has_all(self, tensors: Iterable[str]) -> bool:
+        """Whether ``find_all`` finds them.
+
+        Examples
+        --------
+        >>> from lora_analysis.base import load_base
+        >>> base = load_base({"model.layers.0.q.weight": torch.ones(2, 3)})
+        >>> base.has_all(["layers.0.q.weight"]), base.has_all(["layers.0.q.weight", "layers.1.q.weight"])
+        (True, False)
+        """
+        return len(self._fitting(list(dict.fromkeys(tensors)))) == 1
+
+    def _fitting(self, wanted: list[str]) -> list[dict[str, str]]:
+        return one_change_of_prefix(wanted, self._stores.has, self._by_end, stored_as)
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of a tensor as stored, without reading it; of a stack of experts stored one by one, as a stack.
@@ -181,14 +236,7 @@ class BaseWeights:
 
     def transposed(self, target: Target, shape: tuple[int, int] | None = None) -> bool:
         """Whether ``matrix`` turns what the base has stored as (d_in, d_out), without reading it."""
-        recipe = self._stores.recipe(self.find(target.tensor), target.expert)
-        if recipe is None:
-            return False
-        part = recipe.parts[0]
-        d_out, *rest = self._checkpoint.shape(self._names[part.tensor])[part.expert is not None :]
-        whole = shape if len(recipe.parts) == 1 else None
-        placed = self._placed(part, target, (d_out, torch.Size(rest).numel()), whole)
-        return placed is not None and placed[0]
+        return self._matrices.transposed(self._found(target), shape)
 
     def require_fit(self, target: Target, shape: tuple[int, int]) -> None:
         """Refuse an update that ``matrix`` would have no matrix of this shape for, without reading one.
@@ -198,19 +246,7 @@ class BaseWeights:
         BaseWeightsError
             If the base lacks it, or its shape does not fit.
         """
-        recipe = self._recipe(target)
-        several = len(recipe.parts) > 1
-        whole = target.rows is None and target.columns is None
-        inner = shape if not several else (shape[0] // len(recipe.parts), shape[1]) if whole else None
-        for part in recipe.parts:
-            d_out, *rest = self._checkpoint.shape(self._names[part.tensor])[part.expert is not None :]
-            stored = (d_out, torch.Size(rest).numel())
-            placed = self._placed(part, replace(target, rows=None, columns=None) if several else target, stored, inner)
-            resized = (
-                whole and is_vocabulary(part.tensor) and vocabulary_axis(stored, shape, target.transposed) is not None
-            )
-            if placed is None and not resized:
-                raise self._does_not_fit(part.tensor, target, stored, inner)
+        self._matrices.require_fit(self._found(target), shape)
 
     def matrix(self, target: Target, shape: tuple[int, int] | None = None) -> Tensor:
         """The base matrix an update acts on.
@@ -233,93 +269,24 @@ class BaseWeights:
         ------
         BaseWeightsError
             If the base lacks it, its shape does not fit, or it is stored in a quantisation that is not read.
+        CheckpointError
+            If its file cannot be read any more.
         """
-        recipe = self._recipe(target)
-        if len(recipe.parts) == 1:
-            return self._part(recipe.parts[0], target, shape)
-        whole = target.rows is None and target.columns is None
-        inner = (shape[0] // len(recipe.parts), shape[1]) if shape is not None and whole else None
-        parts = [self._part(part, replace(target, rows=None, columns=None), inner) for part in recipe.parts]
-        matrix = torch.cat(parts)
-        found = slices(target, (matrix.shape[0], matrix.shape[1]), shape, None)
-        if found is None:
-            raise self._does_not_fit(target.tensor, target, tuple(matrix.shape), shape)
-        return matrix[slice(*found[0]), slice(*found[1])]
+        return self._matrices.matrix(self._found(target), shape)
 
-    def _recipe(self, target: Target) -> Recipe:
-        name = self.find(target.tensor)
-        recipe = self._stores.recipe(name, target.expert)
-        if recipe is None:
-            number = "" if target.expert is None else f" with number {target.expert}"
-            raise BaseWeightsError(f"{self.source}: {name!r}: expected a stack of experts{number}, found others.")
-        return recipe
+    def _found(self, target: Target) -> Target:
+        return replace(target, tensor=self.find(target.tensor))
 
-    def _part(self, part: Part, target: Target, shape: tuple[int, int] | None) -> Tensor:
-        raw = self._names[part.tensor]
-        self._checkpoint.require_readable(raw)
-        stored = self._checkpoint.shape(raw)
-        where = f"{self.source}: {part.tensor!r}"
-        if part.expert is not None:
-            if len(stored) != 3 or not 0 <= part.expert < stored[0]:
-                raise BaseWeightsError(f"{where}: expected a stack of experts with number {part.expert}, got {stored}.")
-            stored = stored[1:]
-        if len(stored) < 2:
-            raise BaseWeightsError(f"{where}: expected a matrix, got shape {stored}.")
-        flat = (stored[0], torch.Size(stored[1:]).numel())
-        placed = self._placed(part, target, flat, shape)
-        if placed is None:
-            return self._of_a_vocabulary(part, target, flat, shape)
-        flip, ((top, bottom), (left, right)) = placed
-        if part.expert is None:
-            weight = self._checkpoint[raw]
-        else:
-            weight = rows(self._checkpoint, raw, part.expert, part.expert + 1)[0]
-        weight = weight.detach().to(self._device).flatten(1)
-        return (weight.mT if flip else weight)[top:bottom, left:right]
 
-    def _placed(
-        self, part: Part, target: Target, stored: tuple[int, int], shape: tuple[int, int] | None
-    ) -> tuple[bool, Slices] | None:
-        """Whether a weight is turned, and the slice of it then; None where no orientation fits."""
-        fitting = {
-            flip: found
-            for flip in (False, True)
-            if (found := slices(target, stored[::-1] if flip else stored, shape, part.block)) is not None
-        }
-        if len(fitting) < 2:
-            return next(iter(fitting.items()), None)
-        if self._stored is not None and part.tensor in self._stored:
-            flip = self._stored[part.tensor]
-        else:
-            flip = target.transposed or self._proven(part.tensor)
-        return flip, fitting[flip]
-
-    def _of_a_vocabulary(
-        self, part: Part, target: Target, stored: tuple[int, int], shape: tuple[int, int] | None
-    ) -> Tensor:
-        whole = target.rows is None and target.columns is None and part.expert is None and part.block is None
-        axis = None
-        if shape is not None and whole and is_vocabulary(part.tensor):
-            axis = vocabulary_axis(stored, shape, target.transposed)
-        if shape is None or axis is None:
-            raise self._does_not_fit(part.tensor, target, stored, shape)
-        count = min(shape[axis], stored[0])
-        taken = rows(self._checkpoint, self._names[part.tensor], 0, count).detach().to(self._device)
-        other = "the rest of the base's is left out" if stored[0] > shape[axis] else "the others' weights are zeros"
-        note = (
-            f"{part.tensor!r}: the base has {stored[0]} tokens, the update {shape[axis]}: the first {count} are "
-            f"matched row by row, {other}."
-        )
-        self._notes[note] = None
-        matrix = matched_rows(taken, shape[axis])
-        return matrix if axis == 0 else matrix.mT
-
-    def _does_not_fit(
-        self, name: str, target: Target, stored: tuple[int, ...], shape: tuple[int, int] | None
-    ) -> BaseWeightsError:
-        wanted = "x".join(map(str, shape)) if shape else "the target's slice"
-        part = "" if target.rows is None else f" in rows {target.rows[0]}:{target.rows[1]}"
-        return BaseWeightsError(
-            f"{self.source}: {name!r}: expected {wanted}{part}, got {stored[0]}x{stored[1]}. "
-            "Is this the model the adapter was trained on?"
-        )
+def _plain_names(checkpoint: Dequantised, source: str) -> dict[str, str]:
+    """Names without what wrappers add, to the checkpoint's."""
+    names: dict[str, str] = {}
+    for name in checkpoint:
+        plain = plain_name(name)
+        if plain in names:
+            raise BaseWeightsError(
+                f"{source}: {names[plain]!r} and {name!r}: expected one tensor {plain!r}, these are two but for what "
+                "wrappers add to names. Give the weights of one of them."
+            )
+        names[plain] = name
+    return names

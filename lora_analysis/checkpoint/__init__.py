@@ -17,8 +17,9 @@ The safetensors format: https://huggingface.co/docs/safetensors.
 """
 
 from lora_analysis.checkpoint.gguf_file import GGUFFile
+from lora_analysis.checkpoint.json_files import read_json
 from lora_analysis.checkpoint.npz_file import NpzFile
-from lora_analysis.checkpoint.opening import Shards, open_checkpoint, read_json
+from lora_analysis.checkpoint.opening import Shards, open_checkpoint
 from lora_analysis.checkpoint.protocol import Checkpoint, StateDict, nbytes
 from lora_analysis.checkpoint.safetensors_file import SafetensorsFile
 

@@ -9,8 +9,11 @@ TORCH_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 
 def what_is(path: Path) -> str:
     """A guess at what a file is instead, for error messages."""
-    with path.open("rb") as file:
-        head = file.read(512)
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        return f"one that cannot be read ({error.strerror})"
     if not head:
         return "an empty file"
     if head.startswith(b"version https://git-lfs"):
@@ -35,7 +38,12 @@ def one_line(error: Exception) -> str:
 
 def is_file(path: Path) -> bool:
     """Whether there is a file; names that cannot be one are none."""
+    return exists(path) and path.is_file()
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything of this name; names that cannot be one are none."""
     try:
-        return path.is_file()
-    except OSError:  # a name too long to be one
+        return path.exists()
+    except OSError:  # a name too long to be one, as signed URLs are
         return False

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from lora_analysis.checkpoint.diagnosis import is_file
 from lora_analysis.checkpoint.hub import FILE_SUFFIXES
-from lora_analysis.checkpoint.opening import Shards, is_index, open_checkpoint, read_json, shard_files
+from lora_analysis.checkpoint.json_files import read_json
+from lora_analysis.checkpoint.opening import Shards, is_index, open_checkpoint, shard_files
 from lora_analysis.checkpoint.protocol import Checkpoint
 from lora_analysis.checkpoint.remote import RemoteFile, RemotePlace
 from lora_analysis.checkpoint.remote_failures import NotThere
@@ -84,6 +85,7 @@ class RemoteFolder:
     def __init__(self, source: str | RemotePlace) -> None:
         self.place = RemotePlace(source) if isinstance(source, str) else source
         self._sizes: dict[str, int | None] | None = None
+        self._found: dict[str, RemoteFile | None] = {}
 
     def __str__(self) -> str:
         return str(self.place)
@@ -95,7 +97,7 @@ class RemoteFolder:
 
     def sizes(self) -> dict[str, int | None] | None:
         """The names and bytes of its files, or None."""
-        if self.place.protocol in ("http", "https"):
+        if self.place.is_http:
             return None
         if self._sizes is None:
             found = self.place.tried(lambda: self.place.system.ls(self.place.path, detail=True))
@@ -107,25 +109,28 @@ class RemoteFolder:
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
         names = self.names()
-        if names is not None:
-            return name in names
-        try:
-            RemoteFile(self.place.joined(name))
-        except NotThere:
-            return False
-        return True
+        return name in names if names is not None else self._file(name) is not None
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in one of its JSON files."""
-        return RemoteFile(self.place.joined(name)).json()
+        return (self._file(name) or RemoteFile(self.place.joined(name))).json()
 
     def open(self, name: str) -> Checkpoint:
         """One of its files of tensors."""
-        return _opened(self.place.joined(name))
+        return _opened(self.place.joined(name), self._found.get(name))
 
     def folder(self, name: str) -> RemoteFolder:
         """A folder in it, there or not."""
         return RemoteFolder(self.place.joined(name))
+
+    def _file(self, name: str) -> RemoteFile | None:
+        """A file of it, asked for once; None if there is none."""
+        if name not in self._found:
+            try:
+                self._found[name] = RemoteFile(self.place.joined(name))
+            except NotThere:
+                self._found[name] = None
+        return self._found[name]
 
 
 class RemoteShards(Shards):
@@ -133,8 +138,13 @@ class RemoteShards(Shards):
 
     Parameters
     ----------
-    source : str or RemotePlace
-        URL of the ``*.index.json``.
+    source : str, RemotePlace or RemoteFile
+        URL of the ``*.index.json``, or that file.
+
+    Attributes
+    ----------
+    count : ByteCount
+        Bytes that came over the network so far, index and headers among them.
 
     Raises
     ------
@@ -142,11 +152,11 @@ class RemoteShards(Shards):
         If the index is damaged, or names a file outside its folder; when a tensor is read, if its file is absent.
     """
 
-    def __init__(self, source: str | RemotePlace) -> None:
-        self._place = RemotePlace(source) if isinstance(source, str) else source
-        file = RemoteFile(self._place)
+    def __init__(self, source: str | RemotePlace | RemoteFile) -> None:
+        file = source if isinstance(source, RemoteFile) else RemoteFile(source)
+        self._place = file.place
+        self.count = file.place.count
         content = file.json()
-        self._index_bytes = file.bytes_read
         self._begin(str(self._place), shard_files(content, str(self._place)))
         if other := next((name for name in self.files if not name.endswith(".safetensors")), None):
             raise _not_by_range(str(self._place), other)
@@ -156,12 +166,6 @@ class RemoteShards(Shards):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteShards, (self._place.url,)
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes that came over the network so far, index and headers among them."""
-        opened = [shard for shard in list(self._open.values()) if isinstance(shard, RemoteSafetensors)]
-        return self._index_bytes + sum(shard.bytes_read for shard in opened)
 
     @property
     def bytes_total(self) -> int:
@@ -178,7 +182,7 @@ class RemoteShards(Shards):
         return _opened(self._place.parent().joined(file))
 
 
-def open_remote(url: str) -> Checkpoint:
+def open_remote(source: str | RemotePlace) -> Checkpoint:
     """A lazy checkpoint over one file at a URL: safetensors, or an index of them.
 
     Raises
@@ -186,17 +190,18 @@ def open_remote(url: str) -> Checkpoint:
     CheckpointError
         If it cannot be read by range.
     """
-    return _opened(RemotePlace(url))
+    return _opened(RemotePlace(source) if isinstance(source, str) else source)
 
 
-def _opened(place: RemotePlace) -> Checkpoint:
+def _opened(place: RemotePlace, file: RemoteFile | None = None) -> Checkpoint:
+    """The checkpoint at a place; ``file`` is what is known of it already."""
     name = PurePosixPath(place.url.partition("?")[0]).name
     if is_index(name):
-        return RemoteShards(place)
+        return RemoteShards(file or place)
     suffix = PurePosixPath(name).suffix
     if suffix in FILE_SUFFIXES - {".safetensors"}:
         raise _not_by_range(str(place), name)
-    return RemoteSafetensors(place)
+    return RemoteSafetensors(file or place)
 
 
 def _not_by_range(where: str, name: str) -> CheckpointError:

@@ -97,7 +97,10 @@ class GGUFFile:
             return torch.frombuffer(data, dtype=dtype).reshape(shape)
         blocks = np.frombuffer(data, dtype=np.uint8).reshape(*shape[:-1], -1)
         try:
-            numbers = self._gguf.quants.dequantize(blocks, self._gguf.GGMLQuantizationType(self._tensors[name].kind))
+            # Scales that are NaN or infinite give such weights, which measures name where they matter.
+            with np.errstate(invalid="ignore", over="ignore"):
+                kind = self._gguf.GGMLQuantizationType(self._tensors[name].kind)
+                numbers = self._gguf.quants.dequantize(blocks, kind)
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.path}: {name!r}: expected a type that gguf can dequantise, got {self.stored_type(name)}. "

@@ -30,8 +30,11 @@ PERMUTED_ARCHITECTURES = frozenset(
         "internlm2",
         "llada",
         "llama",
+        "llama-embed",
         "minicpm",
         "mistral3",
+        "nemotron_h",
+        "nemotron_h_moe",
         "olmo",
         "smollm3",
         "xverse",
@@ -39,8 +42,21 @@ PERMUTED_ARCHITECTURES = frozenset(
 )
 """Architectures of which GGUF holds the rows of q and k in interleaved rotary order, Hugging Face half-split."""
 
+_LINEAR_ATTENTION = r"attn_qkv|attn_gate|ssm_\w+"
+_REORDERED = {
+    "bloom": r"attn_qkv",
+    "falcon": r"attn_qkv",
+    "gptneox": r"attn_qkv",
+    "plamo": r"attn_q|attn_output",
+    "qwen35": _LINEAR_ATTENTION,
+    "qwen35moe": _LINEAR_ATTENTION,
+    "qwen3next": r"attn_qkv|attn_gate|ssm_in",
+}
+"""Tensors whose rows or columns the converter puts in yet another order, by heads or groups of them."""
+
 _BLOCK = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 _PERMUTED = re.compile(r"blk\.[0-9]+\.attn_(?P<side>[qk])\.(?:weight|bias)\Z")
+_OF_BLOCK = re.compile(r"blk\.[0-9]+\.(?P<role>\w+)\.(?:weight|bias)\Z")
 _SUFFIX = re.compile(r"\.(?:weight|bias)\Z")
 
 
@@ -126,6 +142,27 @@ def permuted_heads(tensor: str, architecture: str, heads: tuple[int, int]) -> in
     if found is None or architecture not in PERMUTED_ARCHITECTURES:
         return None
     return heads[0] if found["side"] == "q" else heads[1]
+
+
+def reordered(tensor: str, fields: Mapping[str, Field]) -> bool:
+    """Whether a tensor of GGUF lies in an order that no rule here undoes.
+
+    Examples
+    --------
+    >>> reordered("blk.0.attn_qkv.weight", {"general.architecture": "bloom"})
+    True
+    >>> reordered("blk.0.attn_qkv.weight", {"general.architecture": "phi3"})
+    False
+    """
+    architecture = str(fields.get("general.architecture", ""))
+    found = _OF_BLOCK.match(tensor)
+    if found is None:
+        return False
+    # Of GLM-4's models for images alone, whose rotary positions have sections.
+    if architecture == "glm4" and fields.get("glm4.rope.dimension_sections") is not None:
+        return found["role"] in ("attn_q", "attn_k")
+    roles = _REORDERED.get(architecture)
+    return roles is not None and re.fullmatch(roles, found["role"]) is not None
 
 
 def head_counts(fields: Mapping[str, Field], block: int) -> tuple[int, int] | None:

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
-from urllib.parse import quote, unquote
+from typing import NamedTuple
+from urllib.parse import quote, unquote, urlsplit
 
-from lora_analysis.checkpoint.diagnosis import TORCH_SUFFIXES
+from lora_analysis.checkpoint.diagnosis import TORCH_SUFFIXES, exists, is_file
 from lora_analysis.checkpoint.remote import is_url
-from lora_analysis.checkpoint.remote_failures import NotThere, explained
+from lora_analysis.checkpoint.remote_failures import NotThere, explained, unreachable
 from lora_analysis.errors import CheckpointError
 
 FILE_SUFFIXES = {".safetensors", ".json", ".gguf", ".npz", *TORCH_SUFFIXES}
@@ -29,8 +27,9 @@ FILE_SUFFIXES = {".safetensors", ".json", ".gguf", ".npz", *TORCH_SUFFIXES}
 _ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _LONGEST_ID = 96
 _URL = re.compile(r"hf://(?:models/)?(?P<id>[^/@]+/[^/@]+|[^/@]+(?=@|\Z))(?:@(?P<revision>[^/]+))?(?:/(?P<inner>.*))?")
-
-Result = TypeVar("Result")
+_NO_MODELS = {"datasets", "spaces", "buckets", "kernels"}
+"""What else the hub has under addresses of its own."""
+_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,48 +54,74 @@ class HubPlace:
         revision = f"@{self.revision}" if self.revision else ""
         return f"{self.repository}{revision}" + (f"/{self.inner}" if self.inner else "")
 
-    @property
-    def url(self) -> str:
-        """The URL that ``fsspec`` reads.
+    def snapshot(self) -> Path | None:
+        """Where the local cache has it, a file or a folder of what was fetched so far; None if nothing was.
+
+        References
+        ----------
+        The layout of the cache: https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
+        """
+        from huggingface_hub import constants
+
+        cache = Path(constants.HF_HUB_CACHE) / f"models--{self.repository.replace('/', '--')}"
+        commit = self.revision or "main"
+        if ".." in PurePosixPath(commit).parts:
+            return None
+        named = cache / "refs" / commit
+        if is_file(named):
+            commit = named.read_text(encoding="utf-8").strip()
+        found = cache / "snapshots" / commit / self.inner
+        return found if exists(found) else None
+
+    def listed(self) -> Listing:
+        """What the hub says of it, asked once and with a time limit.
 
         Raises
         ------
         CheckpointError
-            If a bare name is none of the hub's.
+            If there is no such repository, or the hub cannot be asked.
         """
-        revision = f"@{quote(self.revision, safe='')}" if self.revision else ""
-        return f"hf://{self._full_id()}{revision}" + (f"/{self.inner}" if self.inner else "")
-
-    def cached(self, names: Sequence[str]) -> Path | None:
-        """The first of these files of its folder that the local cache holds."""
-        from huggingface_hub import try_to_load_from_cache
-
-        for name in names:
-            file = str(PurePosixPath(self.inner) / name)
-            found = asked(str(self), partial(try_to_load_from_cache, self.repository, file, revision=self.revision))
-            if isinstance(found, str):
-                return Path(found)
-        return None
-
-    def files(self) -> list[str]:
-        """The files of its repository, asked of the hub."""
         from huggingface_hub import HfApi
 
-        return asked(str(self), lambda: HfApi().list_repo_files(self.repository, revision=self.revision))
+        api = HfApi()
+        try:
+            info = api.model_info(self.repository, revision=self.revision, timeout=_SECONDS)
+        except MemoryError:
+            raise
+        except Exception as error:
+            # huggingface_hub raises its own exceptions and those of whichever client it uses.
+            raise unreachable(str(self), error) or _explained(str(self), error) from error
+        # "gpt2" is an old name of "openai-community/gpt2", and such names are no longer part of URLs. The commit
+        # stays the same for as long as the base is read.
+        url = f"hf://{info.id}@{quote(str(info.sha or self.revision or 'main'), safe='')}"
+        files = tuple(file.rfilename for file in info.siblings or ())
+        return Listing(url + (f"/{self.inner}" if self.inner else ""), files)
 
     def downloaded(self, file: str) -> Path:
         """One file of its repository in the local cache, fetched if it is not there."""
         from huggingface_hub import hf_hub_download
 
-        return Path(asked(str(self), lambda: hf_hub_download(self.repository, file, revision=self.revision)))
+        try:
+            return Path(hf_hub_download(self.repository, file, revision=self.revision))
+        except MemoryError:
+            raise
+        except Exception as error:  # as above
+            raise _explained(str(self), error) from error
 
-    def _full_id(self) -> str:
-        if "/" in self.repository:
-            return self.repository
-        from huggingface_hub import HfApi
 
-        # "gpt2" is an old name of "openai-community/gpt2", and such names are no longer part of URLs.
-        return str(asked(str(self), lambda: HfApi().model_info(self.repository, revision=self.revision)).id)
+class Listing(NamedTuple):
+    """What the hub says of a repository.
+
+    Parameters
+    ----------
+    url : str
+        The URL that ``fsspec`` reads, of one commit.
+    files : tuple of str
+        The paths of its files.
+    """
+
+    url: str
+    files: tuple[str, ...]
 
 
 def located(source: str | os.PathLike[str], revision: str | None = None) -> Path | HubPlace | str:
@@ -112,6 +137,8 @@ def located(source: str | os.PathLike[str], revision: str | None = None) -> Path
     ------
     ValueError
         If there is a revision and the source is no repository.
+    CheckpointError
+        If it is empty, or a URL of a kind that names no model.
 
     Examples
     --------
@@ -122,6 +149,8 @@ def located(source: str | os.PathLike[str], revision: str | None = None) -> Path
     >>> located("s3://bucket/model.safetensors")
     's3://bucket/model.safetensors'
     """
+    if source == "":
+        raise CheckpointError("expected a path, a hub id or a URL, got an empty string.")
     place = _place(source, revision)
     if revision is not None and not isinstance(place, HubPlace):
         raise ValueError(f"revision: expected None for what is no repository of the hub, got {revision!r}.")
@@ -131,40 +160,37 @@ def located(source: str | os.PathLike[str], revision: str | None = None) -> Path
 def _place(source: str | os.PathLike[str], revision: str | None) -> Path | HubPlace | str:
     if not isinstance(source, str):
         return Path(source)
+    if source.startswith("hf://") and (
+        not (found := _URL.fullmatch(source)) or found["id"].split("/")[0] in _NO_MODELS
+    ):
+        raise CheckpointError(f"{source}: expected a model on the hub, hf://org/name[@revision][/path].")
     if found := _URL.fullmatch(source):
         written = unquote(found["revision"]) if found["revision"] else None
         if written and revision and written != revision:
             raise ValueError(f"revision: expected the one in {source!r}, got {revision!r}.")
         return HubPlace(found["id"], written or revision, (found["inner"] or "").strip("/"))
-    if source.startswith("file://"):
-        return Path(unquote(source.removeprefix("file://")))
+    if source.lower().startswith("file://"):
+        return _path_of(source)
     if is_url(source):
         return source
     path = Path(source)
-    try:
-        there = path.exists()
-    except OSError:  # a name too long to be one
-        there = False
     looks_like_a_file = path.suffix in FILE_SUFFIXES or len(source) > _LONGEST_ID
-    return path if there or looks_like_a_file or not _ID.fullmatch(source) else HubPlace(source, revision)
+    return path if exists(path) or looks_like_a_file or not _ID.fullmatch(source) else HubPlace(source, revision)
 
 
-def asked(where: str, request: Callable[[], Result]) -> Result:
-    """What the hub's library answers.
+def _path_of(url: str) -> Path:
+    """The path that a ``file://`` URL names, also on Windows (``file:///C:/model``)."""
+    from urllib.request import url2pathname
 
-    Raises
-    ------
-    CheckpointError
-        With the reason in one line.
-    """
-    try:
-        return request()
-    except (CheckpointError, MemoryError):
-        raise
-    except Exception as error:
-        # The library raises its own exceptions, those of whichever client it uses, and ValueError for odd names.
-        found = explained(where, error)
-        raise (not_found(where) if isinstance(found, NotThere) else found) from error
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise CheckpointError(f"{url}: expected file:/// and a path on this machine, got the host {parts.netloc!r}.")
+    return Path(url2pathname(parts.path))
+
+
+def _explained(where: str, error: Exception) -> CheckpointError:
+    found = explained(where, error)
+    return not_found(where) if isinstance(found, NotThere) else found
 
 
 def not_found(where: str) -> NotThere:

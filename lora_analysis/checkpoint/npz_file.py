@@ -42,6 +42,17 @@ _DTYPES = {
 }
 _READ = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _BAD_HEADER = (ValueError, SyntaxError, TypeError, struct.error, tokenize.TokenError)
+# What zipfile raises on a damaged archive depends on where the damage lies: UnicodeDecodeError of a name, say.
+_BAD_ARCHIVE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+)
 _MAX_SIDE = 2**40
 _FREE_INFLATION = 2**28
 _MAX_INFLATION = 8
@@ -80,7 +91,7 @@ class NpzFile:
                     if name in self._arrays:
                         raise CheckpointError(f"{self.path}: expected every array once, got {name!r} again.")
                     self._arrays[name] = self._array(archive, info)
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+        except _BAD_ARCHIVE as error:
             raise CheckpointError(
                 f"{self.path}: expected an npz file, got {what_is(self.path)} ({one_line(error)}). "
                 "Fetch or copy it again."
@@ -106,7 +117,7 @@ class NpzFile:
             with zipfile.ZipFile(self.path) as archive, archive.open(array.member) as member:
                 member.read(array.data_start)
                 data = bytearray(member.read(array.nbytes))
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
+        except _BAD_ARCHIVE as error:
             raise CheckpointError(f"{self.path}: {name!r}: damaged ({one_line(error)}). Fetch it again.") from error
         if len(data) != array.nbytes:
             raise CheckpointError(f"{self.path}: {name!r}: expected {array.nbytes} bytes, got {len(data)}: truncated.")

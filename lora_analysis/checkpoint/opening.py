@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -13,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_analysis.checkpoint.diagnosis import TORCH_SUFFIXES, is_file, one_line, what_is
+from lora_analysis.checkpoint.diagnosis import TORCH_SUFFIXES, is_file
 from lora_analysis.checkpoint.gguf_file import GGUFFile
+from lora_analysis.checkpoint.json_files import read_json
 from lora_analysis.checkpoint.npz_file import NpzFile
 from lora_analysis.checkpoint.protocol import Checkpoint, rows
 from lora_analysis.checkpoint.safetensors_file import SafetensorsFile
@@ -45,8 +45,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         If the file is missing, truncated, foreign, or a pickle that holds more than tensors.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"{path}: no such file.")
+    try:
+        return _opened(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def _opened(path: Path) -> Checkpoint:
     if is_index(path.name):
         return Shards(path)
     if path.suffix == ".gguf" or (path.suffix not in _OTHERS and _begins_with(path, b"GGUF")):
@@ -72,25 +79,6 @@ def is_index(name: str) -> bool:
 def _begins_with(path: Path, magic: bytes) -> bool:
     with path.open("rb") as file:
         return file.read(len(magic)) == magic
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises
-    ------
-    CheckpointError
-        If it is missing, damaged, or no object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file.") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON, got {what_is(path)} ({one_line(error)}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}.")
-    return content
 
 
 class Shards:
@@ -178,6 +166,8 @@ def shard_files(index: Mapping[str, Any], where: str) -> dict[str, str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{where}: expected a 'weight_map' of tensor names to file names.")
+    if not weight_map:
+        raise CheckpointError(f"{where}: expected a 'weight_map' with tensors in it, got an empty one.")
     for name in sorted(set(weight_map.values())):
         _require_confined(where, name)
     return weight_map

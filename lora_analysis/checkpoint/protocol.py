@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lora_analysis.errors import CheckpointError
+
 
 class Checkpoint(Protocol):
     """A lazy mapping from tensor names to tensors."""
@@ -54,8 +56,31 @@ def rows(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Tensor:
     return checkpoint[name][start:stop]
 
 
+def oddity(tensor: Tensor) -> str | None:
+    """What is in the way of taking a tensor's numbers, if anything is.
+
+    Examples
+    --------
+    >>> oddity(torch.empty(2, device="meta")), oddity(torch.ones(2))
+    ("without data, on device 'meta'", None)
+    """
+    kinds = {
+        "nested": tensor.is_nested,
+        "quantised": tensor.is_quantized,
+        "without data, on device 'meta'": tensor.is_meta,
+        f"of layout {tensor.layout}": tensor.layout is not torch.strided,
+    }
+    return next((kind for kind, applies in kinds.items() if applies), None)
+
+
 class StateDict:
-    """A checkpoint that is already in memory: a state dict, or a torch file mapped into memory."""
+    """A checkpoint that is already in memory: a state dict, or a torch file mapped into memory.
+
+    Raises
+    ------
+    CheckpointError
+        When a tensor is asked for that has no numbers or none in rows and columns: a sparse one, or one on "meta".
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         self._tensors = dict(tensors)
@@ -71,7 +96,10 @@ class StateDict:
         return name in self._tensors
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        tensor = self._tensors[name]
+        if kind := oddity(tensor):
+            raise CheckpointError(f"{name!r}: expected a dense (strided) tensor, got one {kind}.")
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""

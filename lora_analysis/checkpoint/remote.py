@@ -5,32 +5,33 @@ Conventions
 A URL is anything with ``://``; ``fsspec`` knows the protocols (``http``, ``https``, ``s3``, ``gs``, ``hf``,
 ``memory``, …). Nothing is cached or read ahead, so ``bytes_read`` is what came over the network. What may pass
 (429, 5xx, timeouts, short answers) is tried again a few times; anything else is one ``CheckpointError`` in one line.
-Messages show a URL without its query and password, which may be credentials.
+Messages show a URL without its query and password, which may be credentials. A pickle holds the URL as it was given:
+without them nobody could open it again.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from lora_analysis.checkpoint.byte_count import ByteCount
 from lora_analysis.checkpoint.diagnosis import one_line
+from lora_analysis.checkpoint.json_files import MAX_JSON, json_object
 from lora_analysis.checkpoint.remote_failures import explained, may_pass, pause
+from lora_analysis.checkpoint.remote_http import NO_RANGES, Answer, read_range, session_options
 from lora_analysis.errors import CheckpointError
 
 CHUNK = 16 * 2**20
 """Bytes of one request; longer ranges are read as several at once."""
 
-MAX_HEADER = 100_000_000
-"""Bytes of a header or an index that are read at most: safetensors' own bound."""
+_HEAD = 8
+"""Bytes of an HTTP file that are read to learn its size: those that hold the length of a safetensors header."""
 
 _CONNECTIONS = 8
 _ATTEMPTS = 4
-_TIMEOUT = 60
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 Result = TypeVar("Result")
@@ -55,11 +56,18 @@ def shown(url: str) -> str:
     >>> shown("https://me:secret@host/a/model.safetensors?X-Amz-Signature=1f")
     'https://host/a/model.safetensors'
     """
-    return re.sub(r"(?<=://)[^/?#]*@(?=[^/?#]*)", "", url.partition("?")[0]) if not url.startswith("hf://") else url
+    if url.startswith("hf://"):
+        return url
+    return re.sub(r"(?<=://)[^/?#]*@(?=[^/?#]*)", "", re.split(r"[?#]", url, maxsplit=1)[0])
 
 
 class RemotePlace:
     """A URL with the file system that reads it.
+
+    Attributes
+    ----------
+    count : ByteCount
+        Bytes that came over the network of this and all other places that were reached from it.
 
     Raises
     ------
@@ -67,23 +75,29 @@ class RemotePlace:
         If no installed library reads the protocol.
     """
 
-    def __init__(self, url: str, system: Any = None) -> None:
+    def __init__(self, url: str, beside: RemotePlace | None = None) -> None:
         self.url = url
         self.protocol = url.partition("://")[0].lower()
-        self.system = _file_system(url, self.protocol) if system is None else system
+        self.system: Any = _file_system(url, self.protocol) if beside is None else beside.system
+        self.count: ByteCount = ByteCount() if beside is None else beside.count
         self.path = str(self.system._strip_protocol(url))
 
     def __str__(self) -> str:
         return shown(self.url)
 
+    @property
+    def is_http(self) -> bool:
+        """Whether it is on a web server, which lists no folders."""
+        return self.protocol in ("http", "https")
+
     def joined(self, name: str) -> RemotePlace:
         """A file or folder inside this folder, read by the same file system."""
-        return RemotePlace(_joined(self.url, name, quote=self.protocol in ("http", "https")), self.system)
+        return RemotePlace(_joined(self.url, name, quote=self.is_http), self)
 
     def parent(self) -> RemotePlace:
         """The folder that a file lies in."""
         folder, mark, query = self.url.partition("?")
-        return RemotePlace(folder.rpartition("/")[0] + mark + query, self.system)
+        return RemotePlace(folder.rpartition("/")[0] + mark + query, self)
 
     def tried(self, operation: Callable[[], Result]) -> Result:
         """The result of a request, tried again while its failure may pass.
@@ -103,7 +117,8 @@ class RemotePlace:
             except Exception as error:
                 # Each protocol's library raises its own exceptions; what they have in common is read off them.
                 if attempt == attempts or not may_pass(error):
-                    raise explained(str(self), error) from error
+                    # Their messages hold the URL: a traceback would show what it has of credentials.
+                    raise explained(str(self), error) from (error if str(self) == self.url else None)
                 time.sleep(pause(error, attempt))
         raise AssertionError("unreachable")
 
@@ -119,8 +134,6 @@ class RemoteFile:
     ----------
     size : int
         Bytes of the file.
-    bytes_read : int
-        Bytes read so far.
 
     Raises
     ------
@@ -130,14 +143,20 @@ class RemoteFile:
 
     def __init__(self, source: str | RemotePlace) -> None:
         self.place = RemotePlace(source) if isinstance(source, str) else source
-        self.bytes_read = 0
-        self._counting = threading.Lock()
+        self._head = b""
+        self._first: Answer | None = None
+        if self.place.is_http:
+            head = bytearray(_HEAD)
+            self._first = self.place.tried(lambda: self._answer(0, memoryview(head)))
+            self._head = bytes(head[: self._first.count])
+            self.size = self._first.size
+            return
         info: dict[str, Any] = self.place.tried(lambda: self.place.system.info(self.place.path))
         if info.get("type", "file") != "file":
             raise CheckpointError(f"{self}: expected a file, got a {info['type']}.")
         size = info.get("size")
-        if not isinstance(size, int) or info.get("partial") is False:
-            raise CheckpointError(f"{self}: {_NO_RANGES}")
+        if not isinstance(size, int):
+            raise CheckpointError(f"{self}: {NO_RANGES}")
         self.size = size
 
     def __str__(self) -> str:
@@ -149,14 +168,16 @@ class RemoteFile:
         Raises
         ------
         CheckpointError
-            If the file is shorter, the server ignores ranges, or the request fails for good.
+            If the file is shorter or another one by now, the server ignores ranges, or the request fails for good.
         """
         if not 0 <= start <= stop <= self.size:
             raise CheckpointError(f"{self}: expected bytes {start:,} to {stop:,}, it has {self.size:,}.")
         data = bytearray(stop - start)
-        pieces = [(begin, min(begin + CHUNK, stop)) for begin in range(start, stop, CHUNK)]
-        for (begin, end), piece in zip(pieces, self._pieces(pieces), strict=True):
-            data[begin - start : end - start] = piece
+        known = self._head[start:stop]
+        data[: len(known)] = known
+        pieces = [(begin, min(begin + CHUNK, stop)) for begin in range(start + len(known), stop, CHUNK)]
+        whole = memoryview(data)
+        self._fill([(begin, whole[begin - start : end - start]) for begin, end in pieces])
         return data
 
     def json(self) -> dict[str, Any]:
@@ -167,89 +188,71 @@ class RemoteFile:
         CheckpointError
             If it is too long to be one, damaged, or no object.
         """
-        if self.size > MAX_HEADER:
-            raise CheckpointError(f"{self}: expected at most {MAX_HEADER:,} bytes of JSON, got {self.size:,}.")
+        if self.size > MAX_JSON:
+            raise CheckpointError(f"{self}: expected at most {MAX_JSON:,} bytes of JSON, got {self.size:,}.")
         return json_object(bytes(self.read(0, self.size)), str(self))
 
-    def _pieces(self, pieces: list[tuple[int, int]]) -> Iterator[bytes]:
+    def _fill(self, pieces: list[tuple[int, memoryview]]) -> None:
         if len(pieces) < 2:
-            yield from (self._piece(*piece) for piece in pieces)
+            for begin, target in pieces:
+                self._fill_one(begin, target)
             return
         pool = ThreadPoolExecutor(min(_CONNECTIONS, len(pieces)))
         try:
-            yield from pool.map(lambda piece: self._piece(*piece), pieces)
+            for _ in pool.map(lambda piece: self._fill_one(*piece), pieces):
+                pass
         finally:
             # Where one piece failed, the others that have not begun are not read.
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _piece(self, start: int, stop: int) -> bytes:
-        def request() -> bytes:
-            data = self._request(start, stop)
-            with self._counting:
-                self.bytes_read += len(data)
-            if len(data) > stop - start:
-                raise CheckpointError(f"{self}: {_NO_RANGES}")
-            if len(data) < stop - start:
-                raise ConnectionError(f"{len(data):,} bytes came instead of {stop - start:,}")
-            return data
+    def _fill_one(self, start: int, target: memoryview) -> None:
+        def request() -> None:
+            if self._first is not None:
+                answer = self._answer(start, target)
+                if answer.of_another_file(self._first):
+                    raise CheckpointError(f"{self}: it changed while it was read. Open it again.")
+                count = answer.count
+            else:
+                data = self._bytes(start, start + len(target))
+                self.place.count.add(len(data))
+                count = len(data)
+                if count > len(target):
+                    raise CheckpointError(f"{self}: {NO_RANGES}")
+                target[:count] = data
+            if count < len(target):
+                raise ConnectionError(f"{count:,} bytes came instead of {len(target):,}")
 
-        return self.place.tried(request)
+        self.place.tried(request)
 
-    def _request(self, start: int, stop: int) -> bytes:
+    def _answer(self, start: int, target: memoryview) -> Answer:
+        return read_range(self.place.system, self.place.path, start, target, self.place.count.add, str(self))
+
+    def _bytes(self, start: int, stop: int) -> bytes:
         system, path = self.place.system, self.place.path
-        if self.place.protocol not in ("http", "https", "hf"):
+        if self.place.protocol != "hf":
             return bytes(system.cat_file(path, start=start, end=stop))
-        # cat_file would take the whole body from an HTTP server that ignores ranges, and reads ahead on the hub.
+        # cat_file reads ahead on the hub.
         with system.open(path, "rb", cache_type="none", size=self.size) as file:
             file.seek(start)
-            try:
-                return bytes(file.read(stop - start))
-            except ValueError as error:
-                if "range requests" in str(error):
-                    raise CheckpointError(f"{self}: {_NO_RANGES}") from error
-                raise
-
-
-def json_object(data: bytes, where: str) -> dict[str, Any]:
-    """The object that bytes of JSON hold.
-
-    Raises
-    ------
-    CheckpointError
-        If they are damaged, or hold no object.
-    """
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        what = "an HTML or XML page" if data.lstrip()[:1] == b"<" else "something else"
-        raise CheckpointError(f"{where}: expected JSON, got {what} ({one_line(error)}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{where}: expected a JSON object, got {type(content).__name__}.")
-    return content
-
-
-_NO_RANGES = (
-    "expected a server that answers byte ranges, this one does not, so only the whole file could be read. "
-    "Download it and give the path."
-)
+            return bytes(file.read(stop - start))
 
 
 def _file_system(url: str, protocol: str) -> Any:
-    if "::" in url:
+    if "::" in re.sub(r"\[[^]]*\]", "", url):  # the address of a host may have them, in brackets
         raise CheckpointError(f"{shown(url)}: expected one URL, got a chain of them ('::').")
     import fsspec
 
-    options: dict[str, Any] = {"skip_instance_cache": True}  # listings of an earlier call may be out of date
+    # Listings of an earlier call may be out of date.
+    options: dict[str, Any] = {"skip_instance_cache": True}
     try:
-        if protocol in ("http", "https"):
-            import aiohttp
-
-            limits = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
-            options["client_kwargs"] = {"timeout": limits}
-            options["headers"] = {"Accept-Encoding": "identity"}  # ranges of a compressed body are of no use
-        return fsspec.filesystem(protocol, **options)
+        if protocol not in ("http", "https"):
+            return fsspec.core.url_to_fs(url, **options)[0]
+        return fsspec.filesystem(protocol, client_kwargs=session_options(), **options)
     except (ImportError, ValueError) as error:
         raise CheckpointError(f"{shown(url)}: protocol {protocol!r}: {one_line(error)}.") from error
+    except Exception as error:
+        # Some connect at once, and raise what their libraries raise.
+        raise explained(shown(url), error) from None
 
 
 def _joined(url: str, name: str, *, quote: bool) -> str:

@@ -32,6 +32,15 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__
 
 
+def _root(error: Exception) -> Exception:
+    """What it began with, but for the cancelling of a request that took too long."""
+    return [cause for cause in _causes(error) if isinstance(cause, Exception)][-1]
+
+
+def _took_too_long(error: Exception) -> bool:
+    return any(isinstance(cause, TimeoutError) for cause in _causes(error))
+
+
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind an exception of any of the libraries."""
     for cause in _causes(error):
@@ -55,9 +64,11 @@ def may_pass(error: Exception) -> bool:
     status = _status(error)
     if status is not None:
         return status in _PASSING
-    if _is(error, "OfflineModeIsEnabled", "LocalEntryNotFoundError"):
+    if _is(error, "OfflineModeIsEnabled", "LocalEntryNotFoundError", "InvalidURL", "TooManyRedirects"):
         return False
-    root = list(_causes(error))[-1]
+    if _took_too_long(error):
+        return True
+    root = _root(error)
     if isinstance(root, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return False
     return isinstance(root, OSError) or type(root).__module__.partition(".")[0] in _CLIENTS
@@ -92,12 +103,29 @@ def explained(where: str, error: Exception) -> CheckpointError:
             f"{where}: no such file, or access refused{code}. On the Hugging Face hub, log in ('hf auth login', or a "
             "token in HF_TOKEN) and accept the licence of a gated repository; elsewhere give a URL that may be read."
         )
-    root = list(_causes(error))[-1]
-    if status == 404 or (status is None and isinstance(root, FileNotFoundError)):
+    if status == 404 or (status is None and isinstance(_root(error), FileNotFoundError)):
         return NotThere(f"{where}: no such file or folder there.")
     if status is not None:
         still = ", still after several attempts. Try later" if status in _PASSING else ""
         return CheckpointError(f"{where}: expected its bytes, got status {status}{still}.")
-    # Libraries put the whole URL, with its query, into their messages.
-    reason = re.sub(r"\S*://\S*", "…", one_line(root if isinstance(root, Exception) else error))
-    return CheckpointError(f"{where}: could not be read: {type(root).__name__}: {reason}.")
+    return CheckpointError(f"{where}: could not be read: {reason(error)}.")
+
+
+def reason(error: Exception) -> str:
+    """The kind and the message of the exception at the root, without URLs: libraries write theirs out, with queries."""
+    if _took_too_long(error):
+        return "TimeoutError: no answer in time"
+    root = _root(error)
+    kind = type(root).__name__
+    message = re.sub(r"\S*://\S*", "…", one_line(root)).rstrip(".")
+    return kind if message == kind else f"{kind}: {message}"
+
+
+def unreachable(where: str, error: Exception) -> CheckpointError | None:
+    """What to say of a source that is no path where the hub cannot be asked; None where the hub did answer."""
+    if _status(error) is not None or _is(error, "OfflineModeIsEnabled"):
+        return None
+    return CheckpointError(
+        f"{where}: no such path here, and the Hugging Face hub could not be asked whether it has such a repository "
+        f"({reason(error)})."
+    )

@@ -16,7 +16,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from lora_analysis.checkpoint.remote import MAX_HEADER, RemoteFile, RemotePlace, json_object
+from lora_analysis.checkpoint.json_files import MAX_JSON, json_object
+from lora_analysis.checkpoint.remote import RemoteFile, RemotePlace
 from lora_analysis.checkpoint.safetensors_file import DTYPES
 from lora_analysis.errors import CheckpointError
 
@@ -39,13 +40,15 @@ class RemoteSafetensors:
 
     Parameters
     ----------
-    source : str or RemotePlace
-        URL of the file.
+    source : str, RemotePlace or RemoteFile
+        URL of the file, or that file.
 
     Attributes
     ----------
     metadata : mapping of str to str
         The ``__metadata__`` of the header.
+    count : ByteCount
+        Bytes that came over the network so far, the header among them.
 
     Raises
     ------
@@ -53,8 +56,9 @@ class RemoteSafetensors:
         If the file cannot be read by range, is truncated, is not safetensors, or its header lies about its tensors.
     """
 
-    def __init__(self, source: str | RemotePlace) -> None:
-        self._file = RemoteFile(source)
+    def __init__(self, source: str | RemotePlace | RemoteFile) -> None:
+        self._file = source if isinstance(source, RemoteFile) else RemoteFile(source)
+        self.count = self._file.place.count
         header, self._numbers = _header(self._file)
         metadata = header.pop(_METADATA, {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -93,11 +97,6 @@ class RemoteSafetensors:
         return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes that came over the network so far, the header among them."""
-        return self._file.bytes_read
-
-    @property
     def bytes_total(self) -> int:
         """Bytes of the file."""
         return self._file.size
@@ -122,7 +121,7 @@ def _header(file: RemoteFile) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(head, "little")
     if head[:1] == b"<" or head.startswith((b"version ", b"GGUF", b"PK")):
         raise CheckpointError(f"{file}: expected a safetensors file, got {_what(head)}.")
-    if not 2 <= length <= min(MAX_HEADER, file.size - _LENGTH):
+    if not 2 <= length <= min(MAX_JSON, file.size - _LENGTH):
         raise CheckpointError(
             f"{file}: expected a safetensors file, got {file.size:,} bytes that are truncated or something else."
         )

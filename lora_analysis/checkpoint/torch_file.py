@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_analysis.checkpoint.diagnosis import what_is
-from lora_analysis.checkpoint.protocol import StateDict
+from lora_analysis.checkpoint.protocol import StateDict, oddity
 from lora_analysis.errors import CheckpointError
 
 _NESTED_KEYS = ("state_dict", "model_state_dict", "model", "module")
@@ -82,13 +82,7 @@ def _named_tensors(path: Path, loaded: object, levels: int = 4) -> dict[str, Ten
 
 def _require_dense(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        odd = {
-            "nested": tensor.is_nested,
-            "quantised": tensor.is_quantized,
-            "without data, on device 'meta'": tensor.is_meta,
-            f"of layout {tensor.layout}": tensor.layout is not torch.strided,
-        }
-        if kind := next((kind for kind, applies in odd.items() if applies), None):
+        if kind := oddity(tensor):
             raise CheckpointError(
                 f"{path}: {name!r}: expected dense (strided) tensors, got one {kind}. Save it with ordinary tensors."
             )

@@ -16,6 +16,7 @@ from lora_analysis.cli.output import (
     print_source,
     print_table,
     probability,
+    report_base,
     report_notes,
     share,
 )
@@ -35,6 +36,8 @@ def amplify(
     initial: options.Initial = None,
     heads: options.Heads = None,
     pattern: options.Pattern = None,
+    revision: options.Revision = None,
+    base_revision: options.BaseRevision = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     out: options.Out = None,
@@ -44,7 +47,7 @@ def amplify(
 
     Example: lora-analysis amplify runs/r8 --base model.safetensors --ks 1,8
     """
-    weights = load_base(base, device=device)
+    weights = load_base(base, device=device, revision=base_revision)
     opened = options.open_adapters(
         adapters,
         format=format,
@@ -56,6 +59,7 @@ def amplify(
         heads=heads,
         pattern=pattern,
         device=device,
+        revision=revision,
     )
     table = amplification_table(
         opened,
@@ -67,6 +71,7 @@ def amplify(
         progress=sys.stderr.isatty(),
     )
     report_notes(opened)
+    report_base(weights)
     if deliver(table, out=out, as_json=as_json):
         return
     for source, rows in table.groupby("adapter", sort=False):

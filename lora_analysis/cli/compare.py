@@ -41,6 +41,8 @@ def compare(
     initial: options.Initial = None,
     heads: options.Heads = None,
     pattern: options.Pattern = None,
+    revision: options.Revision = None,
+    base_revision: options.BaseRevision = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     out: options.Out = None,
@@ -54,13 +56,14 @@ def compare(
         [adapter_a, adapter_b],
         format=format,
         alpha=alpha,
-        base=options.open_base(base, device),
+        base=options.open_base(base, device, base_revision),
         split=split,
         name=name,
         initial=initial,
         heads=heads,
         pattern=pattern,
         device=device,
+        revision=revision,
     )
     _compare(opened, pairs, out, as_json, target=target, cells=cells, draws=draws, seed=seed, workers=workers)
 
@@ -80,6 +83,8 @@ def layers(
     initial: options.Initial = None,
     heads: options.Heads = None,
     pattern: options.Pattern = None,
+    revision: options.Revision = None,
+    base_revision: options.BaseRevision = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     out: options.Out = None,
@@ -97,13 +102,14 @@ def layers(
         [adapter],
         format=format,
         alpha=alpha,
-        base=options.open_base(base, device),
+        base=options.open_base(base, device, base_revision),
         split=split,
         name=name,
         initial=initial,
         heads=heads,
         pattern=pattern,
         device=device,
+        revision=revision,
     )
     _compare(opened, pairs, out, as_json, target=target, cells=cells, draws=draws, seed=seed, workers=workers)
 

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from lora_analysis.cli import options
-from lora_analysis.cli.output import plain_text, report_notes
+from lora_analysis.cli.output import plain_text, say
 from lora_analysis.convert import convert as converted
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +38,8 @@ def convert(
     initial: options.Initial = None,
     heads: options.Heads = None,
     pattern: options.Pattern = None,
+    revision: options.Revision = None,
+    base_revision: options.BaseRevision = None,
     device: options.Device = "cpu",
     as_json: options.AsJson = False,
 ) -> None:
@@ -45,29 +47,24 @@ def convert(
 
     Example: lora-analysis convert runs/r8 r8.gguf --to gguf --architecture llama --heads 32,8
     """
-    weights = options.open_base(base, device)
-    (opened,) = options.open_adapters(
-        [adapter],
-        format=format,
-        alpha=alpha,
-        base=weights,
-        split=split,
-        name=name,
-        initial=initial,
-        heads=heads,
-        pattern=pattern,
-        device=device,
-    )
     done = converted(
-        opened,
+        adapter,
         destination,
         to=to,
-        base=weights,
+        base=options.open_base(base, device, base_revision),
         r=r,
         dtype=_DTYPES[dtype] if dtype else None,
         component=component,
         architecture=architecture,
         heads=options.head_counts(heads),
+        format=format,
+        alpha=alpha,
+        split=split,
+        name=name,
+        initial=initial,
+        pattern=pattern,
+        device=device,
+        revision=revision,
     )
     if as_json:
         summary = {
@@ -80,7 +77,8 @@ def convert(
         }
         print(json.dumps(summary, indent=1, allow_nan=False))
         return
-    report_notes([opened])
+    for note in done.notes:
+        say(f"note: {note}")
     print(f"{plain_text(str(done.path))}: {done.format}, {done.modules} modules, read back and compared:")
     print(f"largest difference of a ΔW {done.largest_error:.1e} of its norm.")
     print("Nothing lost." if not done.losses else "Lost:")

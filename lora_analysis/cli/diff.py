@@ -12,8 +12,9 @@ import pandas as pd
 import typer
 
 from lora_analysis.adapter import Adapter, Contents, Module, Origin
+from lora_analysis.base import load_base
 from lora_analysis.cli import options
-from lora_analysis.cli.output import explain, number, print_table, report_notes, say
+from lora_analysis.cli.output import explain, number, print_table, report_notes, report_read, say
 from lora_analysis.diff import diff as difference
 from lora_analysis.errors import UnsupportedAdapterError
 from lora_analysis.formats import save_adapter
@@ -31,6 +32,10 @@ def diff(
     out: Annotated[
         Path | None, typer.Option(help="Write the truncated difference to DIR as a PEFT adapter.", metavar="DIR")
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of TUNED on the Hugging Face hub.")
+    ] = None,
+    base_revision: options.BaseRevision = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     as_json: options.AsJson = False,
@@ -45,7 +50,9 @@ def diff(
         raise typer.BadParameter(f"--energy: expected a share in (0, 1], got {energy}.")
     if out is not None and r is None and energy is None:
         raise typer.BadParameter("--out: expected --r or --energy beside it: a PEFT adapter holds low-rank updates.")
-    adapter = difference(tuned, base, r=r, energy=energy, device=device, progress=sys.stderr.isatty())
+    after = load_base(tuned, device=device, revision=revision)
+    before = load_base(base, device=device, revision=base_revision)
+    adapter = difference(after, before, r=r, energy=energy, device=device, progress=sys.stderr.isatty())
     report_notes([adapter])
     truncated = r is not None or energy is not None
     if out is not None:
@@ -55,6 +62,8 @@ def diff(
         if truncated
         else spectrum_table(adapter, workers=workers, progress=sys.stderr.isatty())
     )
+    for weights in (after, before):
+        report_read(weights)
     if as_json:
         print(json.dumps(records(table), indent=1, allow_nan=False))
     elif truncated:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from lora_analysis.cli import options
-from lora_analysis.cli.output import plain_text
+from lora_analysis.cli.output import plain_text, report_base, wrapped
 from lora_analysis.lint import CODES, Finding
 from lora_analysis.lint import lint as findings_of
 
 _SHOWN = 3
 """Modules named for one finding that many of them share."""
+
+_NUMBER = re.compile(r"[0-9]+([.,][0-9]+)*(e[+-]?[0-9]+)?")
 
 
 def _checked_codes(value: list[str] | None) -> list[str] | None:
@@ -37,20 +40,23 @@ def lint(
     initial: options.Initial = None,
     heads: options.Heads = None,
     pattern: options.Pattern = None,
+    revision: options.Revision = None,
+    base_revision: options.BaseRevision = None,
     device: options.Device = "cpu",
     as_json: options.AsJson = False,
 ) -> None:
     """What is wrong, wasted, undecidable or unportable about an adapter, each with its cure.
 
-    Exit code 0: nothing found; 3: findings; 4: only checks that could not be decided.
+    Exit code 0: nothing found; 3: findings, of any severity; 4: only checks that could not be decided.
 
     Example: lora-analysis lint runs/r8 --base model.safetensors
     """
+    weights = options.open_base(base, device, base_revision)
     found = [
         finding
         for finding in findings_of(
             adapter,
-            options.open_base(base, device),
+            weights,
             format=format,
             alpha=alpha,
             split=split,
@@ -59,9 +65,12 @@ def lint(
             heads=options.head_counts(heads),
             pattern=pattern,
             device=device,
+            revision=revision,
         )
         if finding.code not in (ignore or [])
     ]
+    if weights is not None:
+        report_base(weights)
     if as_json:
         print(json.dumps({"findings": [asdict(finding) for finding in found]}, indent=1))
     else:
@@ -71,14 +80,18 @@ def lint(
 
 
 def _print(found: list[Finding]) -> None:
-    """One paragraph for each thing that is so, however many modules share it."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
+    """One paragraph for each thing that is so, however many modules share it, if only its numbers differ."""
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in found:
-        groups.setdefault((finding.severity, finding.code, finding.message), []).append(finding.module)
-    for (severity, code, message), modules in groups.items():
-        named = [plain_text(module) for module in modules if module]
+        masked = _NUMBER.sub("0", finding.message.replace(finding.module, "") if finding.module else finding.message)
+        groups.setdefault((finding.severity, finding.code, masked), []).append(finding)
+    for (severity, code, _), alike in groups.items():
+        named = [plain_text(finding.module) for finding in alike if finding.module]
         more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
-        where = f"{', '.join(named[:_SHOWN])}{more}: " if named else ""
-        print(f"{severity}[{code}] {where}{plain_text(message)}")
+        message = plain_text(alike[0].message)
+        if len({finding.message for finding in alike}) > 1:
+            message += " (The first; the numbers of the others differ.)"
+        print(wrapped(f"{severity}[{code}] {', '.join(named[:_SHOWN])}{more}"))
+        print(wrapped(message, indent="    "))
     if not found:
         print("Nothing found.")

@@ -9,7 +9,7 @@ import typer
 
 from lora_analysis.base import load_base
 from lora_analysis.cli import options
-from lora_analysis.cli.output import deliver, explain, number, print_source, print_table, report_notes
+from lora_analysis.cli.output import deliver, explain, number, print_source, print_table, report_base, report_notes
 from lora_analysis.tables import magnitude_table
 
 
@@ -23,6 +23,8 @@ def magnitude(
     initial: options.Initial = None,
     heads: options.Heads = None,
     pattern: options.Pattern = None,
+    revision: options.Revision = None,
+    base_revision: options.BaseRevision = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     out: options.Out = None,
@@ -32,7 +34,7 @@ def magnitude(
 
     Example: lora-analysis magnitude runs/dora --base model.safetensors
     """
-    weights = load_base(base, device=device)
+    weights = load_base(base, device=device, revision=base_revision)
     opened = options.open_adapters(
         adapters,
         format=format,
@@ -44,9 +46,11 @@ def magnitude(
         heads=heads,
         pattern=pattern,
         device=device,
+        revision=revision,
     )
     table = magnitude_table(opened, weights, workers=workers, progress=sys.stderr.isatty())
     report_notes(opened)
+    report_base(weights)
     if deliver(table, out=out, as_json=as_json):
         return
     for source, rows in table.groupby("adapter", sort=False):

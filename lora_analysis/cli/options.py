@@ -93,6 +93,8 @@ Alpha = Annotated[
     typer.Option(help="lora_alpha of training, where the file does not hold it.", callback=_checked_alpha),
 ]
 Base = Annotated[str | None, typer.Option(help="Base model: a file, a sharded directory, or an index of shards.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of an adapter on the Hugging Face hub.")]
+BaseRevision = Annotated[str | None, typer.Option(help="The same of the base.")]
 Split = Annotated[
     str | None,
     typer.Option(help="Adapted slots of a fused q,k,v weight (loralib), such as q,v.", callback=_checked_split),
@@ -175,9 +177,11 @@ def module_pairs(pairs: Sequence[str] | None) -> Literal["same", "all"] | list[t
     return found
 
 
-def open_base(base: str | None, device: str) -> BaseWeights | None:
+def open_base(base: str | None, device: str, revision: str | None) -> BaseWeights | None:
     """The base that an option names, if it names one."""
-    return None if base is None else load_base(base, device=device)
+    if base is None and revision is not None:
+        raise typer.BadParameter("--base-revision: expected --base beside it.")
+    return None if base is None else load_base(base, device=device, revision=revision)
 
 
 def open_adapters(
@@ -192,6 +196,7 @@ def open_adapters(
     heads: str | None,
     pattern: str | None,
     device: str,
+    revision: str | None,
 ) -> list[Adapter]:
     """The adapters that arguments name, all with the same options."""
     return [
@@ -206,6 +211,7 @@ def open_adapters(
             heads=head_counts(heads),
             pattern=pattern,
             device=device,
+            revision=revision,
         )
         for source in sources
     ]

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lora_analysis.adapter import Adapter
+from lora_analysis.base import BaseWeights
 from lora_analysis.cli.layout import Kind, laid_out
 from lora_analysis.tables.frames import records, write_table
 
@@ -81,7 +82,19 @@ def print_source(source: object) -> None:
 
 def explain(text: str) -> None:
     """How to read the table above, after a blank line."""
-    print(f"\n{textwrap.fill(text, 80, break_on_hyphens=False)}")
+    print(f"\n{wrapped(text)}")
+
+
+def wrapped(text: str, *, indent: str = "") -> str:
+    """Text in lines of 80 columns; words stay whole, so that names can be copied."""
+    return textwrap.fill(
+        text,
+        80,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def say(line: str) -> None:
@@ -93,6 +106,19 @@ def report_notes(adapters: Sequence[Adapter]) -> None:
     """What the readers found worth a note, each once."""
     for note in dict.fromkeys(f"{adapter.source}: {note}" for adapter in adapters for note in adapter.notes):
         say(f"note: {note}")
+
+
+def report_base(base: BaseWeights) -> None:
+    """What was done to the weights of a base, and how much of it was read where that is of interest."""
+    for note in base.notes:
+        say(f"note: {base.source}: {note}")
+    report_read(base)
+
+
+def report_read(base: BaseWeights) -> None:
+    """How much of a base was read, if it came over a network or was dequantised."""
+    if base.is_remote or base.is_quantised:
+        say(f"{base.source}: {base.report()}")
 
 
 def print_table(table: pd.DataFrame, columns: Sequence[Column], *, limit: int | None = None) -> None:

@@ -19,6 +19,8 @@ def spectrum(
     initial: options.Initial = None,
     heads: options.Heads = None,
     pattern: options.Pattern = None,
+    revision: options.Revision = None,
+    base_revision: options.BaseRevision = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
     out: options.Out = None,
@@ -32,13 +34,14 @@ def spectrum(
         adapters,
         format=format,
         alpha=alpha,
-        base=options.open_base(base, device),
+        base=options.open_base(base, device, base_revision),
         split=split,
         name=name,
         initial=initial,
         heads=heads,
         pattern=pattern,
         device=device,
+        revision=revision,
     )
     table = spectrum_table(opened, workers=workers, progress=sys.stderr.isatty())
     report_notes(opened)

@@ -12,6 +12,7 @@ embeddings; in a file its name does.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
@@ -128,33 +129,27 @@ def paired(tuned: BaseWeights, base: BaseWeights, embeddings: Collection[str] = 
 def _matched(tuned: BaseWeights, base: BaseWeights) -> tuple[dict[str, str], list[str]]:
     """Names of tuned's tensors to the base's, under the one change of prefix that serves most of them."""
     # (dropped, added), none of both first.
-    changes = [("", ""), *((p, "") for p in _prefixes(tuned)), *(("", p) for p in _prefixes(base))]
-    scored: dict[tuple[str, str], dict[str, str]] = {}
-    for dropped, added in changes:
-        scored[dropped, added] = {
-            name: added + name.removeprefix(dropped)
-            for name in tuned
-            if name.startswith(dropped) and added + name.removeprefix(dropped) in base
-        }
-    most = max(map(len, scored.values()))
-    best = [change for change, found in scored.items() if len(found) == most]
+    fitting = Counter({("", ""): sum(name in base for name in tuned)})
+    fitting.update((prefix, "") for name in tuned for prefix in _prefixes(name) if name.removeprefix(prefix) in base)
+    fitting.update(("", prefix) for name in base for prefix in _prefixes(name) if name.removeprefix(prefix) in tuned)
+    most = max(fitting.values())
+    best = [change for change, count in fitting.items() if count == most]
     if most and len(best) > 1 and best[0] != ("", ""):
         raise BaseWeightsError(
             f"{tuned.source}: its names fit those of {base.source} in {len(best)} ways "
             f"({_change(*best[0])}; {_change(*best[1])}). Give the component's own weights."
         )
-    note = [] if best[0] == ("", "") else [f"names differ from the base's by a prefix: {_change(*best[0])}."]
-    return scored[best[0]], note
+    dropped, added = best[0]
+    changed = {name: added + name.removeprefix(dropped) for name in tuned if name.startswith(dropped)}
+    note = [] if best[0] == ("", "") else [f"names differ from the base's by a prefix: {_change(dropped, added)}."]
+    return {name: other for name, other in changed.items() if other in base}, note
 
 
-def _prefixes(weights: BaseWeights) -> list[str]:
-    """The beginnings of its names, of one component and of two, each with the dot."""
-    found: dict[str, None] = {}
-    for name in weights:
-        parts = name.split(".")
-        for count in range(1, min(_MAX_DROPPED, len(parts) - 1) + 1):
-            found[".".join(parts[:count]) + "."] = None
-    return list(found)
+def _prefixes(name: str) -> Iterator[str]:
+    """The beginnings of a name, of one component and of two, each with the dot."""
+    parts = name.split(".")
+    for count in range(1, min(_MAX_DROPPED, len(parts) - 1) + 1):
+        yield ".".join(parts[:count]) + "."
 
 
 def _change(dropped: str, added: str) -> str:

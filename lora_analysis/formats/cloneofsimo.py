@@ -21,6 +21,7 @@ zero. Facts from ``lora_diffusion/lora.py`` (``save_safeloras_with_embeds``,
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -30,13 +31,15 @@ import torch
 
 from lora_analysis.adapter import Contents, Module, ScaleSource, Target
 from lora_analysis.checkpoint import Checkpoint
-from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
+from lora_analysis.errors import AdapterFormatError
 from lora_analysis.formats.ledger import unused_tensors
+from lora_analysis.formats.notes import first_of_each
 from lora_analysis.formats.options import ReadOptions
 from lora_analysis.formats.products import low_rank
 from lora_analysis.update import LowRankUpdate
 
 NAME = "cloneofsimo"
+TAKES = ()
 
 _FACTOR = re.compile(r"(?P<component>[^:]+):(?P<index>0|[1-9][0-9]{0,5}):(?P<side>up|down)\Z", re.DOTALL)
 _EMBED = "<embed>"
@@ -54,26 +57,17 @@ def matches(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
 def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions) -> Contents:
     """Describe every tensor of a file of cloneofsimo's."""
     where = options.where
-    if options.name is not None:
-        raise AdapterFormatError(f"{where}: expected an adapter named {options.name!r}; cloneofsimo's have no names.")
-    if options.split is not None:
-        raise UnsupportedAdapterError(
-            f"{where}: split= names the slots of a loralib MergedLinear; this file's layers are whole. "
-            "Leave split= out."
-        )
     pairs = _of_list(checkpoint, where) if _is_list(checkpoint) else _of_names(checkpoint, where)
     modules: dict[str, Module] = {}
-    notes: list[str] = []
+    doubts: list[tuple[str, str]] = []
     for (component, index), keys in pairs.items():
         name = f"{component}.{index}"
         modules[name] = _module(checkpoint, name, keys, options)
         declared = checkpoint.metadata.get(f"{component}:{index}:rank")
         if declared is not None and declared != str(modules[name].r):
             shown = declared if declared.isprintable() and len(declared) < 20 else repr(declared[:20])
-            notes.append(
-                f"{name if name.isprintable() else repr(name)}: the header says rank {shown}, the tensors have "
-                f"r={modules[name].r}; they win."
-            )
+            text = f"{name!r}: the header says rank {shown}, the tensors have r={modules[name].r}; they win."
+            doubts.append(("rank", text))
     used = {key for keys in pairs.values() for key in keys}
     unused = unused_tensors(
         checkpoint,
@@ -83,6 +77,9 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
         otherwise="a tensor beside the factors, no part of any update",
         where=where,
     )
+    notes = first_of_each(doubts)
+    if options.base is not None:
+        notes.append("the file does not name its layers, so that base= says nothing of where they are.")
     return Contents(modules, unused, tuple(notes))
 
 
@@ -123,12 +120,10 @@ def _module(checkpoint: Checkpoint, name: str, keys: tuple[str, str], options: R
             f"{options.where}: {name!r}: expected up (out, r) and down (r, in), or of a convolution (out, r, 1, 1) "
             f"and (r, in, k, k), got {up} and {down} in {keys[0]!r} and {keys[1]!r}."
         )
-    r, d_in = down[0], down[1]
-    for length in down[2:]:
-        d_in *= length
+    r = down[0]
     scale, source = _scale(options.alpha, r)
     return Module(
-        shape=(up[0], d_in),
+        shape=(up[0], math.prod(down[1:])),
         r=r,
         scale=scale,
         scale_source=source,

@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from lora_analysis.checkpoint import Checkpoint, open_checkpoint, read_json
+from lora_analysis.checkpoint.diagnosis import exists
 from lora_analysis.checkpoint.hub import HubPlace
 from lora_analysis.errors import AdapterFormatError
 from lora_analysis.formats import remote
 
 _CONFIG = "adapter_config.json"
-_WEIGHTS = (
+WEIGHTS = (
     "adapter_model.safetensors",
     "adapter_model.bin",
     "adapters.safetensors",
     "adapters.npz",
     "adapter_model.pt",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
 )
-"""PEFT's, MLX's and torchtune's; torchtune writes PEFT's file beside its own where it can."""
+"""PEFT's, MLX's, torchtune's and diffusers'; torchtune writes PEFT's file beside its own where it can."""
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf"}
 _CHECKPOINT = "_adapters.safetensors"
 """End of the names of MLX's checkpoints of a run: ``0000100_adapters.safetensors``."""
@@ -40,20 +43,16 @@ def opened(
         Which adapter, where there are several.
     """
     if isinstance(place, str):
-        return remote.opened(place, name, _CONFIG, _WEIGHTS)
-    path = remote.fetched(place, name, _CONFIG, _WEIGHTS, _SUFFIXES) if isinstance(place, HubPlace) else place
+        return remote.opened(place, name, _CONFIG, WEIGHTS)
+    path = remote.fetched(place, name, _CONFIG, WEIGHTS, _SUFFIXES) if isinstance(place, HubPlace) else place
     _require_present(os.fspath(source), path)
-    by_folder = name is not None and (path / name / _CONFIG).is_file()
+    by_folder = name not in (None, "") and (path / str(name) / _CONFIG).is_file()
     weights, config_file = _files(path / str(name) if by_folder else path)
     return open_checkpoint(weights), read_json(config_file) if config_file else {}, by_folder
 
 
 def _require_present(source: str, path: Path) -> None:
-    try:
-        present = path.exists()
-    except OSError:  # a name too long to be one, as signed URLs are
-        present = False
-    if not present:
+    if not exists(path):
         raise AdapterFormatError(f"{source}: no such file or directory.")
 
 
@@ -61,12 +60,12 @@ def _files(path: Path) -> tuple[Path, Path | None]:
     """The file of tensors and, if there is one, the configuration beside it."""
     if path.is_file():
         config = path.parent / _CONFIG
-        named = path.name in _WEIGHTS or path.name.endswith(_CHECKPOINT)
+        named = path.name in WEIGHTS or path.name.endswith(_CHECKPOINT)
         return path, config if named and config.is_file() else None
     if not path.is_dir():
         raise AdapterFormatError(f"{path}: expected a file or a directory.")
     config = path / _CONFIG
-    for weights in _WEIGHTS:
+    for weights in WEIGHTS:
         if (path / weights).is_file():
             return path / weights, config if config.is_file() else None
     inner = sorted(entry.parent.name for entry in path.glob(f"*/{_CONFIG}"))
@@ -77,7 +76,7 @@ def _files(path: Path) -> tuple[Path, Path | None]:
         )
     files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
     if not files:
-        raise AdapterFormatError(f"{path}: expected {' or '.join(_WEIGHTS[:2])}, or one file of tensors, found none.")
+        raise AdapterFormatError(f"{path}: expected {' or '.join(WEIGHTS[:2])}, or one file of tensors, found none.")
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:3]) + (", …" if len(files) > 3 else "")
         raise AdapterFormatError(

@@ -12,7 +12,8 @@ whose weight is stored transposed. Experts are stacked, (E, r, d_in) and (E, d_o
 Modules keep GGUF's names, or get those of ``base=`` where the gguf library's table of names knows one that the base
 has. For the architectures of ``checkpoint.gguf_names.PERMUTED_ARCHITECTURES`` the rows of q and k are in
 interleaved rotary order, those of a base in half-split order, be it Hugging Face's or a GGUF file, whose rows
-``load_base`` turns: ``heads=(n_heads, n_kv_heads)`` turns the adapter's.
+``load_base`` turns: the numbers of heads turn the adapter's, which a base's ``config.json`` or header says, or
+``heads=(n_heads, n_kv_heads)``.
 
 rsLoRA, alphas of single modules and DoRA have no place in the format: an rsLoRA adapter that was converted is
 scaled by alpha / r, whatever it was trained with. Factors in Q8_0 are dequantised and claim no storage-noise floor.
@@ -33,17 +34,17 @@ import torch
 from lora_analysis.adapter import Contents, Module, ScaleSource, Target
 from lora_analysis.base import BaseWeights
 from lora_analysis.checkpoint import Checkpoint, GGUFFile
-from lora_analysis.checkpoint.gguf_names import PERMUTED_ARCHITECTURES, hugging_face_names, permuted_heads
+from lora_analysis.checkpoint.gguf_names import PERMUTED_ARCHITECTURES, hugging_face_names, permuted_heads, reordered
 from lora_analysis.checkpoint.protocol import rows
 from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
-from lora_analysis.formats.bases import has_all
 from lora_analysis.formats.ledger import unused_tensors
 from lora_analysis.formats.options import MAX_ALPHA, ReadOptions
 from lora_analysis.formats.products import low_rank
-from lora_analysis.formats.rotary import half_split, require_heads
+from lora_analysis.formats.rotary import half_split, require_heads, said_by_the_base
 from lora_analysis.update import LowRankUpdate
 
 NAME = "gguf"
+TAKES = ("heads",)
 
 _FACTOR = re.compile(r"(?P<tensor>.+)\.lora_(?P<side>[ab])\Z", re.DOTALL)
 _OURS = re.compile(r".+\.weight\.lora_[ab]\Z", re.DOTALL)
@@ -66,10 +67,6 @@ def matches(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
 def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions) -> Contents:
     """Describe every tensor of a GGUF adapter."""
     where = options.where
-    if options.name is not None:
-        raise AdapterFormatError(f"{where}: expected an adapter named {options.name!r}; GGUF adapters have no names.")
-    if options.split is not None:
-        raise UnsupportedAdapterError(f"{where}: split= is for loralib's MergedLinear. Leave split= out.")
     architecture, alpha = _header(checkpoint, where)
     tensors = list(dict.fromkeys(match["tensor"] for match in map(_FACTOR.match, checkpoint) if match))
     modules: dict[str, Module] = {}
@@ -136,13 +133,13 @@ def _modules(
     r_a, d_in = shape_a[-2:][::-1] if embedding else shape_a[-2:]
     if r_a != r or 0 in shape_a + shape_b:
         _refuse_shapes(where, tensor, shape_a, shape_b, embedding)
-    n_heads = None if options.heads is None else permuted_heads(tensor, architecture, options.heads)
-    if n_heads is not None:
-        require_heads(where, tensor, d_out, n_heads)
     scale, source = _scale(alpha, options.alpha, r)
     modules = {}
     for expert in range(shape_b[0]) if stacked else (None,):
-        target = _target(tensor, expert, architecture, embedding, options)
+        target, elsewhere = _target(tensor, expert, architecture, embedding, options.base)
+        n_heads = _turned(tensor, architecture, elsewhere, options)
+        if n_heads is not None:
+            require_heads(where, tensor, d_out, n_heads)
         name = target.tensor.removesuffix(".weight") + (f".{expert}" if target.expert is not None else "")
         factors = _Factors(keys, expert, embedding, n_heads)
         read = partial(_read_update, checkpoint, factors, scale, options.device)
@@ -157,20 +154,23 @@ def _refuse_shapes(
     raise AdapterFormatError(f"{where}: {tensor!r}: expected lora_a {expected}, got {shape_a} and {shape_b}.")
 
 
-def _target(tensor: str, expert: int | None, architecture: str, embedding: bool, options: ReadOptions) -> Target:
-    """GGUF's own tensor, or the base's under the name it has there."""
-    base = options.base
+def _target(
+    tensor: str, expert: int | None, architecture: str, embedding: bool, base: BaseWeights | None
+) -> tuple[Target, bool]:
+    """GGUF's own tensor, or the base's under the name it has there; and whether the base knows it by such a name.
+
+    If it does, the rows that it gives are those of a Hugging Face model: those of a GGUF file are turned when they
+    are read. A mapping of GGUF's names gives them as they are.
+    """
     verbatim = Target(tensor, transposed=embedding, expert=expert)
     if base is None:
-        return verbatim
+        return verbatim, False
     places = [] if expert is None else _experts_apart(tensor, expert, architecture)
     places += [Target(name, transposed=embedding, expert=expert) for name in hugging_face_names(tensor, architecture)]
     exact = [place for place in places if place.tensor in base]
     # Names differ by who wrote the model; the first that the base knows is as good as the others it knows.
-    known = next(iter(exact), None) or next((place for place in places if has_all(base, [place.tensor])), None)
-    if permuted_heads(tensor, architecture, (1, 1)) is not None:
-        _require_row_order(base, tensor, known is not None, options)
-    return verbatim if known is None or tensor in base else known
+    known = next(iter(exact), None) or next((place for place in places if base.has_all([place.tensor])), None)
+    return verbatim if known is None or tensor in base else known, known is not None
 
 
 def _experts_apart(tensor: str, expert: int, architecture: str) -> list[Target]:
@@ -179,21 +179,36 @@ def _experts_apart(tensor: str, expert: int, architecture: str) -> list[Target]:
     return [Target(name.replace(".experts.", f".experts.{expert}.")) for name in names]
 
 
-def _require_row_order(base: BaseWeights, tensor: str, half_split: bool, options: ReadOptions) -> None:
-    """Refuse rows of q or k in another order than the base's, which are half-split if it knows other names for them.
+def _turned(tensor: str, architecture: str, elsewhere: bool, options: ReadOptions) -> int | None:
+    """The heads by which the rows of q and k are turned to the order that a base has elsewhere than in GGUF.
 
-    A GGUF file is such a base: its rows are turned when they are read. A mapping of GGUF's names is as it is.
+    Raises
+    ------
+    AdapterFormatError
+        If the orders would differ.
     """
-    if half_split and options.heads is None:
+    where, base = f"{options.where}: {tensor!r}", options.base
+    if elsewhere and reordered(tensor, {"general.architecture": architecture}):
         raise AdapterFormatError(
-            f"{options.where}: {tensor!r}: its rows are in another order than the base gives them. "
-            "Pass heads=(n_heads, n_kv_heads) of the model."
+            f"{where}: GGUF has the heads of {architecture!r} in an order of its own, which the base has not. "
+            "Read it without base=, or read the adapter that it was made from."
         )
-    if tensor in base and not half_split and options.heads is not None:
+    if permuted_heads(tensor, architecture, (1, 1)) is None:
+        return None
+    heads = options.heads
+    if base is not None and elsewhere and heads is None:
+        heads = base.heads
+        if heads is None:
+            raise AdapterFormatError(
+                f"{where}: its rows are in another order than the base gives them. "
+                "Pass heads=(n_heads, n_kv_heads) of the model."
+            )
+    if base is not None and tensor in base and not elsewhere and heads is not None:
         raise AdapterFormatError(
-            f"{options.where}: {tensor!r}: heads= turns its rows to the order of Hugging Face models, and the base has "
-            "GGUF's. Leave heads= out, or give the Hugging Face base."
+            f"{where}: heads= turns its rows to the order of Hugging Face models, and the base has GGUF's. Leave "
+            "heads= out, or give the Hugging Face base."
         )
+    return None if heads is None else permuted_heads(tensor, architecture, heads)
 
 
 def _scale(alpha: float, given: float | None, r: int) -> tuple[float, ScaleSource]:
@@ -211,7 +226,9 @@ def _notes(
 ) -> list[str]:
     notes = []
     rotary = any(permuted_heads(tensor, architecture, (1, 1)) for tensor in tensors)
-    if rotary and options.heads is None:
+    counts = options.base.heads if options.base is not None and rotary else None
+    notes += said_by_the_base(options.heads, counts)
+    if rotary and options.heads is None and counts is None:
         notes.append(
             f"GGUF has the rows of q and k of {architecture!r} in interleaved rotary order: their output side compares "
             "with no Hugging Face adapter or base. Pass heads=(n_heads, n_kv_heads) to turn them."

@@ -31,7 +31,7 @@ from lora_analysis.formats import (
 )
 from lora_analysis.formats import pattern as by_pattern
 from lora_analysis.formats.files import opened
-from lora_analysis.formats.options import ReadOptions, Split, parse_split
+from lora_analysis.formats.options import ReadOptions, Split, parse_alpha, parse_heads, parse_split, refuse_others
 
 FORMATS = (gguf, mlx, torchtune, lycoris, diffusers, kohya, peft, loralib, sam_lora, cloneofsimo, by_pattern)
 """Every format that is read, in the order of detection."""
@@ -60,29 +60,44 @@ def load_adapter(
         Hugging Face hub (``org/name``), which is fetched into its cache, or at another URL, where safetensors are
         read by byte range.
     format : str, optional
-        Read as this format (one of ``FORMATS``) instead of detecting it.
+        Read as this format (the ``NAME`` of one of ``FORMATS``) instead of detecting it. Its rules then hold, and an
+        ``adapter_config.json`` that it does not know is left out, with a note.
     alpha : float, optional
-        The lora_alpha of training, where the file does not hold it or is wrong.
+        The lora_alpha of training, where the file does not hold it or is wrong. It wins over all that the file says,
+        for every module: the scale is ``alpha / r``, r being that of the module's own factors. Where the file says
+        rsLoRA (peft, the header of diffusers) it is ``alpha / sqrt(r)``; PEFT's AdaLoRA divides by the r that training
+        began with; mlx has no alpha, and its multiplier s is ``alpha = s·r``; blocks that kohya's ``split_qkv`` saved
+        as one have ``alpha / (blocks·r)``, as in the file. Whole matrices (kohya and lycoris: a LoKr of two, a full
+        difference, a Control-LoRA) keep the scale 1, with a note. PEFT's VeRA has no alpha and refuses one.
     base : BaseWeights, path, hub id or URL, optional
-        The base model, where the file alone leaves something open (which layers are fused).
+        The base model, where the file alone leaves something open; with it DoRA is read as its true update.
+
+        - kohya, lycoris: which modules their underscored names mean, and kernels of factors that are unfolded;
+        - loralib: which weights are fused, embeddings or convolutions;
+        - peft: the layout of experts, the inputs of VeRA, kernels of LoHa and LoKr;
+        - mlx, torchtune, gguf: the names of modules in it, and which are embeddings;
+        - sam_lora: what its blocks are called, of which there must be as many.
+
+        diffusers needs it for DoRA alone; cloneofsimo and pattern do not look at it.
     split : str or sequence, optional
-        Which slots of a fused q,k,v weight a loralib ``MergedLinear`` adapts: ``"q,v"``, or its
-        ``enable_lora``, ``[True, False, True]``.
+        loralib: which slots of a fused q,k,v weight a ``MergedLinear`` adapts: ``"q,v"``, or its ``enable_lora``,
+        ``[True, False, True]``. peft: ``"q,k,v"`` cuts an ordinary LoRA on a fused weight into its three blocks.
     device : str or torch.device
         Where factors are put when they are read.
     revision : str, optional
         Branch, tag or commit of a repository of the hub.
     name : str, optional
-        Which adapter, where a directory or a file holds several.
+        Which adapter: of several folders in a directory, or of several in one file (peft, diffusers).
     initial : Adapter or path, optional
-        The factors training started from, where they were subtracted from the base (PiSSA, OLoRA and their like):
-        the update is then s·(B·A - B0·A0).
+        peft: the factors that training started from, where they were subtracted from the base (PiSSA, OLoRA and their
+        like): the update is then s·(B·A - B0·A0).
     heads : (int, int), optional
-        Numbers of query and of key-value heads, to turn the rows of q and k from interleaved to half-split rotary
-        order, as Hugging Face models store them (torchtune, GGUF of llama architectures).
+        Numbers of query and of key-value heads. torchtune, gguf: turns the rows of q and k from interleaved to
+        half-split rotary order, as Hugging Face models store them. peft: how ``split`` cuts where they differ.
     pattern : str, optional
-        How tensors are called, for ``format="pattern"``: ``"down=layers.{module}.a up=layers.{module}.b"``, with
-        ``.T`` after a name for a factor stored transposed, and ``alpha=`` for a tensor of alphas.
+        How tensors are called, for files that no format here describes (``formats.pattern``):
+        ``"down=layers.{module}.a up=layers.{module}.b"``, with ``.T`` after a name for a factor stored transposed,
+        ``alpha=`` for a tensor of alphas, and ``as=`` for what the base calls a module.
 
     Returns
     -------
@@ -93,30 +108,35 @@ def load_adapter(
     AdapterFormatError
         If the file is missing, damaged, or breaks the rules of its format.
     UnsupportedAdapterError
-        If it is of a format or kind that is recognised and not read.
+        If it is of a format or kind that is recognised and not read, or an option has no meaning in its format.
+    ValueError, TypeError
+        If an option is none.
 
     Notes
     -----
     A scale that nothing states is unknown (``scale`` is NaN, ``scale_source`` is ``"unknown"``), not 1:
-    figures that do not depend on it are given, the others ask for ``alpha``.
+    figures that do not depend on it are given, the others ask for ``alpha``. Formats with a default of their own have
+    it: alpha = r, a scale of 1, in kohya, lycoris, diffusers, sam_lora, cloneofsimo and gguf, alpha = 8 in a
+    configuration of PEFT, a multiplier of 20 in one of MLX.
     """
     if pattern is not None and format not in (None, by_pattern.NAME):
         raise ValueError(f"pattern: expected format={by_pattern.NAME!r} beside it or none, got format={format!r}.")
+    number, slots, counts = parse_alpha(alpha), parse_split(split), parse_heads(heads)
     format = by_pattern.NAME if pattern is not None else format
     formats = {module.NAME: module for module in FORMATS}
     if format is not None and format not in formats:
         raise ValueError(f"format: expected one of {', '.join(formats)}, got {format!r}.")
-    place = located(source, revision)
-    where = shown(place) if isinstance(place, str) else str(place)
     try:
+        place = located(source, revision)
+        where = shown(place) if isinstance(place, str) else str(place)
         checkpoint, config, by_folder = opened(source, place, name)
     except CheckpointError as error:
         raise AdapterFormatError(str(error)) from error
     options = ReadOptions(
         where=where,
-        alpha=alpha,
+        alpha=number,
         base=base if base is None or isinstance(base, BaseWeights) else load_base(base),
-        split=parse_split(split),
+        split=slots,
         device=torch.device(device),
         name=None if by_folder else name,
         # Nothing is taken off the initial factors themselves, whatever their own configuration says.
@@ -125,28 +145,35 @@ def load_adapter(
             if initial is None or isinstance(initial, Adapter)
             else load_adapter(initial, device=device, initial=Adapter({}, source="nothing"))
         ),
-        heads=heads,
+        heads=counts,
         pattern=pattern,
     )
     chosen = formats[format] if format else _detected(checkpoint, config, where)
+    refuse_others(options, chosen.TAKES, chosen.NAME)
     contents: Contents = chosen.read(checkpoint, config, options)
     if not contents.modules:
+        first = next(iter(checkpoint), None)
         raise AdapterFormatError(
-            f"{where}: expected LoRA factors, found none among its {len(checkpoint)} tensors (read as {chosen.NAME!r})."
+            f"{where}: expected LoRA factors, found none among its {len(checkpoint)} tensors (read as "
+            f"{chosen.NAME!r}), of which the first is {first!r}. Pass format= to read it as another."
         )
+    if config and "config" not in chosen.TAKES:
+        note = f"the adapter_config.json beside the file is not looked at: {chosen.NAME!r} has none."
+        contents = replace(contents, notes=(*contents.notes, note))
     _require_floating(contents, checkpoint, where)
     # By the base's modules; blocks of one weight stay in the reader's order, q before k.
     ordered = sorted(contents.modules.items(), key=lambda item: _natural(item[1].target.tensor.removesuffix(".weight")))
     contents = replace(contents, modules=dict(ordered))
+    # Base and initial factors as they were opened: their paths may be relative, too.
     arguments = {
         "format": format,
         "alpha": alpha,
-        "base": base,
+        "base": options.base,
         "split": split,
         "device": device,
         "revision": revision,
         "name": name,
-        "initial": initial,
+        "initial": options.initial,
         "heads": heads,
         "pattern": pattern,
     }
@@ -156,7 +183,9 @@ def load_adapter(
         format=chosen.NAME,
         config=config,
         metadata=checkpoint.metadata,
-        origin=Origin(_reopened, (place if isinstance(place, Path) else source, arguments)),
+        checkpoint=checkpoint,
+        # Another process may be in another folder.
+        origin=Origin(_reopened, (place.absolute() if isinstance(place, Path) else source, arguments, where)),
     )
 
 
@@ -181,8 +210,11 @@ def _require_floating(contents: Contents, checkpoint: Checkpoint, where: str) ->
                 )
 
 
-def _reopened(source: str | Path, arguments: dict[str, Any]) -> Adapter:
-    return load_adapter(source, **arguments)
+def _reopened(source: str | Path, arguments: dict[str, Any], where: str) -> Adapter:
+    adapter = load_adapter(source, **arguments)
+    adapter.source = where
+    adapter._origin = Origin(_reopened, (source, arguments, where))
+    return adapter
 
 
 def _detected(checkpoint: Checkpoint, config: dict[str, Any], where: str) -> Any:

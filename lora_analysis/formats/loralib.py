@@ -23,21 +23,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
-from lora_analysis.adapter import Contents, Module, ScaleSource, Target
+from lora_analysis.adapter import Contents, Module, ScaleSource, Target, Unused
 from lora_analysis.base import BaseWeights
 from lora_analysis.checkpoint import Checkpoint
-from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
+from lora_analysis.errors import AdapterFormatError, AmbiguousAdapterError, UnsupportedAdapterError
 from lora_analysis.formats.ledger import unused_tensors
 from lora_analysis.formats.options import ReadOptions, Slots, parse_split
 from lora_analysis.update import DenseUpdate, LowRankUpdate
 
 NAME = "loralib"
+TAKES = ("split",)
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\Z", re.DOTALL)
 
@@ -50,8 +51,6 @@ def matches(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
 def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions) -> Contents:
     """Describe every tensor of a loralib state dict."""
     where = options.where
-    if options.name is not None:
-        raise AdapterFormatError(f"{where}: expected an adapter named {options.name!r}; loralib's have no names.")
     prefix = "module." if all(name.startswith("module.") for name in checkpoint) else ""
     keys = sorted(name for name in checkpoint if _FACTOR.match(name))
     modules: dict[str, Module] = {}
@@ -70,6 +69,7 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
         )
     full = "a full tensor trained beside LoRA, no part of any update"
     unused = unused_tensors(checkpoint, used, stems, _reason, otherwise=full, where=where)
+    _require_known(unused, stems, where)
     notes = (
         ()
         if options.alpha is not None
@@ -79,6 +79,17 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
         )
     )
     return Contents(modules, unused, notes)
+
+
+def _require_known(unused: Iterable[Unused], stems: Container[str], where: str) -> None:
+    """Refuse what layers of loralib do not have, and others with factors of its names do: the magnitudes of a DoRA."""
+    for item in unused:
+        stem, _, last = item.tensor.rpartition(".")
+        if stem in stems and last not in ("weight", "bias"):
+            raise AdapterFormatError(
+                f"{where}: {item.tensor!r}: expected lora_A, lora_B, weight and bias of an adapted layer, and this is "
+                "none known here. Remove it from the file if it is no part of the update."
+            )
 
 
 def _blocks(checkpoint: Checkpoint, stem: str, module: str, options: ReadOptions) -> dict[str, Module]:
@@ -93,7 +104,7 @@ def _blocks(checkpoint: Checkpoint, stem: str, module: str, options: ReadOptions
         raise AdapterFormatError(
             f"{where}: {module!r}: expected lora_A (r, d_in) and lora_B (d_out, r), or a MergedLinear's "
             f"(g·r, d_in) and (g·d_out/n, r), got {shape_a} and {shape_b}. The file was read as 'loralib'; "
-            "build other layouts with Adapter({module: LowRankUpdate(up, down, scale)})."
+            "read other layouts with pattern=."
         )
     r = shape_b[1]
     groups = shape_a[0] // r
@@ -184,8 +195,8 @@ def _require_orientation(checkpoint: Checkpoint, stem: str, module: str, options
     otherwise = " If r is meant to be that large, pass base=." if possible else ""
     raise AdapterFormatError(
         f"{options.where}: {module!r}: looks transposed: expected lora_A (r, d_in) and lora_B (d_out, r), got "
-        f"{shape_a} and {shape_b}, as of x @ A @ B. Build it with "
-        f"Adapter({{module: LowRankUpdate(up=lora_B.T, down=lora_A.T, scale)}}).{otherwise}"
+        f"{shape_a} and {shape_b}, as of x @ A @ B. Read it with "
+        f"pattern='down={{module}}.lora_A.T up={{module}}.lora_B.T'.{otherwise}"
     )
 
 
@@ -215,7 +226,8 @@ def _slots(checkpoint: Checkpoint, stem: str, module: str, groups: int, options:
         return split
     if split is None and d_out == rows:
         return parse_split([True] * groups)
-    raise AdapterFormatError(
+    wrong = AmbiguousAdapterError if split is None else AdapterFormatError
+    raise wrong(
         f"{where}: {module!r}: a MergedLinear with {groups} enabled slot(s) of a fused weight, and the file does "
         f"not say which. Pass split= with {groups} of q,k,v (the training script's enable_lora), as 'q,v'."
     )

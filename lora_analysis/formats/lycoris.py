@@ -22,6 +22,7 @@ from lora_analysis.formats.kohya.stems import FACTORS, LYCORIS_ANYWHERE, LYCORIS
 __all__ = ["NAME", "matches", "read"]
 
 NAME = "lycoris"
+TAKES = ()
 
 
 def matches(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:

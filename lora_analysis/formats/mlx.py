@@ -32,7 +32,6 @@ from lora_analysis.base import BaseWeights
 from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.checkpoint.protocol import rows
 from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
-from lora_analysis.formats.bases import has_all
 from lora_analysis.formats.ledger import unused_tensors
 from lora_analysis.formats.mlx_configuration import Settings, disagreements, is_ours, read_settings
 from lora_analysis.formats.options import ReadOptions
@@ -40,6 +39,7 @@ from lora_analysis.formats.products import low_rank, true_update
 from lora_analysis.update import DenseUpdate, LowRankUpdate, Update
 
 NAME = "mlx"
+TAKES = ("config",)
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ab])\Z", re.DOTALL)
 _EMBEDDINGS = frozenset(
@@ -58,10 +58,6 @@ def matches(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
 def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions) -> Contents:
     """Describe every tensor of an MLX adapter."""
     where = options.where
-    if options.name is not None:
-        raise AdapterFormatError(f"{where}: expected an adapter named {options.name!r}; MLX adapters have no names.")
-    if options.split is not None:
-        raise UnsupportedAdapterError(f"{where}: split= is for loralib's MergedLinear. Leave split= out.")
     settings = read_settings(config, where)
     stems = dict.fromkeys(match["module"] for match in map(_FACTOR.match, checkpoint) if match)
     modules: dict[str, Module] = {}
@@ -142,13 +138,14 @@ def _experts(
     if f"{stem}.m" in checkpoint:
         raise UnsupportedAdapterError(f"{where}: {stem!r}: DoRA on experts, which MLX does not have, is not read.")
     scale, source = settings.scale_of(options.alpha, r)
+    targets = _expert_targets(stem, experts, options.base)
     return {
         f"{stem}.{expert}": Module(
             shape=(d_out, d_in),
             r=r,
             scale=scale,
             scale_source=source,
-            target=_expert_target(stem, expert, options.base),
+            target=targets[expert],
             tensors=keys,
             read=partial(_read_update, checkpoint, keys, expert, scale, options.device),
         )
@@ -156,12 +153,12 @@ def _experts(
     }
 
 
-def _expert_target(stem: str, expert: int, base: BaseWeights | None) -> Target:
-    """A slice of MLX's stack of experts, or the expert's own tensor in a base that keeps them apart."""
-    apart = f"{stem.replace('.switch_mlp.', f'.experts.{expert}.')}.weight"
-    if base is not None and not has_all(base, [f"{stem}.weight"]) and has_all(base, [apart]):
-        return Target(apart)
-    return Target(f"{stem}.weight", expert=expert)
+def _expert_targets(stem: str, experts: int, base: BaseWeights | None) -> list[Target]:
+    """Slices of MLX's stack of experts, or the experts' own tensors in a base that keeps them apart."""
+    apart = [f"{stem.replace('.switch_mlp.', f'.experts.{expert}.')}.weight" for expert in range(experts)]
+    if base is not None and not base.has_all([f"{stem}.weight"]) and base.has_all(apart):
+        return [Target(name) for name in apart]
+    return [Target(f"{stem}.weight", expert=expert) for expert in range(experts)]
 
 
 def _is_embedding(stem: str, shape: tuple[int, int], base: BaseWeights | None) -> bool:

@@ -24,13 +24,14 @@ import torch
 
 from lora_analysis.adapter import Contents, Module, ScaleSource, Target, Unused
 from lora_analysis.checkpoint import Checkpoint, nbytes
-from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
+from lora_analysis.errors import AdapterFormatError
 from lora_analysis.formats.kohya.scaling import scalar
 from lora_analysis.formats.options import ReadOptions
 from lora_analysis.formats.products import low_rank
 from lora_analysis.update import LowRankUpdate
 
 NAME = "pattern"
+TAKES = ()
 
 _MODULE = "{module}"
 _FACTORS = ("down", "up")
@@ -130,9 +131,6 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
     if options.pattern is None:
         raise ValueError(f"pattern: expected names of tensors beside format='pattern', such as {_EXAMPLE}.")
     templates = parse_pattern(options.pattern)
-    for option in ("name", "split", "initial", "heads"):
-        if getattr(options, option) is not None:
-            raise UnsupportedAdapterError(f"{where}: {option}= has no meaning beside pattern=. Leave {option}= out.")
     renamed = templates.pop("as", Template("", "", transposed=False))
     modules: dict[str, Module] = {}
     notes = []

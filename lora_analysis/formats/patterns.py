@@ -2,6 +2,9 @@
 
 Python's ``re`` has no limit of time, and a key like ``(a+)+b`` takes years to fail. So a key is looked over before
 it is compiled: its length, how many of its parts may vary, and no repeated group whose body may vary.
+
+Most keys are names of modules, or ends of them, with dots that match any character, and a mixture of experts has
+thousands: these are looked up, not tried one after the other.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ _MAX_LENGTH = 1000
 _MAX_VARYING = 6
 """Parts like ``.*`` or ``(q|v)`` on one path through a key: each multiplies the work of a failed match."""
 
+_NAME = re.compile(r"\^?(?:[\w/-]|\\[^\w\n]|\.)+")
+"""A key without anything that varies but dots: characters that stand for themselves, escaped ones, and dots."""
+_CHARACTER = re.compile(r"\\?.")
 _ESCAPE = re.compile(r"\\.", re.DOTALL)
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _GROUP = re.compile(r"\((?:\?(?::|=|!|<=|<!|P<\w+>))?")
@@ -39,6 +45,56 @@ def pattern_regex(key: str) -> re.Pattern[str]:
     if danger := _danger(key):
         raise ValueError(danger)
     return re.compile(rf"(.*\.)?({key})$")
+
+
+class PatternKeys:
+    r"""The keys of a pattern in their order, and which of them match a module's name: the first counts.
+
+    Examples
+    --------
+    >>> keys = PatternKeys()
+    >>> for key in ("q", ".*proj", "0.q_proj", r"^layers\.0\.q_proj"):
+    ...     keys.append(key)
+    >>> keys.matching("layers.0.q_proj"), keys.matching("q_proj")
+    ([1, 2, 3], [1])
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        # Keys that are names: by length, anchor and the positions of their dots; there, by what is between the dots.
+        self._names: dict[tuple[int, bool, tuple[int, ...]], dict[str, list[int]]] = {}
+        self._others: list[tuple[int, re.Pattern[str]]] = []
+
+    def append(self, key: str) -> None:
+        """Add the next key.
+
+        Raises
+        ------
+        ValueError, re.error
+            Of ``pattern_regex``, if it is none that may be matched.
+        """
+        index = self._count
+        self._count += 1
+        if _NAME.fullmatch(key) is None or len(key) > _MAX_LENGTH:
+            self._others.append((index, pattern_regex(key)))
+            return
+        characters = _CHARACTER.findall(key.removeprefix("^"))
+        text = "".join(character[-1] for character in characters)
+        dots = tuple(i for i, character in enumerate(characters) if character == ".")
+        self._names.setdefault((len(text), key.startswith("^"), dots), {}).setdefault(text, []).append(index)
+
+    def matching(self, module: str) -> list[int]:
+        """Positions of the keys that match, ascending."""
+        found = [index for index, regex in self._others if regex.match(module)]
+        name = module.removesuffix("\n")  # an end is before it, too
+        for (length, anchored, dots), names in self._names.items() if "\n" not in name else ():
+            start = len(name) - length
+            if start == 0 or (start > 0 and name[start - 1] == "." and not anchored):
+                characters = list(name[start:])
+                for dot in dots:
+                    characters[dot] = "."
+                found += names.get("".join(characters), ())
+        return sorted(found)
 
 
 def _danger(key: str) -> str | None:

@@ -13,11 +13,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lora_analysis.base.opening import FILES
+from lora_analysis.base.sources import FILES
 from lora_analysis.checkpoint import Checkpoint
+from lora_analysis.checkpoint.diagnosis import is_file
 from lora_analysis.checkpoint.folders import RemoteFolder, open_remote
-from lora_analysis.checkpoint.hub import HubPlace, is_file_name
+from lora_analysis.checkpoint.hub import HubPlace, is_file_name, not_found, online
 from lora_analysis.checkpoint.remote import RemotePlace
+from lora_analysis.checkpoint.remote_failures import offline
 from lora_analysis.errors import AdapterFormatError
 
 
@@ -41,25 +43,39 @@ def fetched(place: HubPlace, name: str | None, config: str, weights: Sequence[st
     AdapterFormatError
         If the repository holds no adapter, or several.
     """
+    cached = place.snapshot()
+    if not online():
+        if cached is None:
+            raise offline(str(place))
+        return cached
     if is_file_name(place.inner):
-        cached = place.cached(("",))
-        path = place.downloaded(place.inner) if cached is None else cached
-        beside = str(PurePosixPath(place.inner).parent / config)
-        if path.name in weights and not (path.parent / config).is_file() and beside in place.files():
-            place.downloaded(beside)
-        return path
-    for folder in [name, ""] if name is not None else [""]:
-        inner = HubPlace(place.repository, place.revision, str(PurePosixPath(place.inner, folder)).strip("."))
-        cached_config, cached = inner.cached((config,)), inner.cached(weights)
-        if cached_config is not None and cached is not None and cached_config.parent == cached.parent:
-            return cached.parent.parent if folder else cached.parent
+        return _file(place, cached, config, weights)
+    if cached is not None and any(
+        is_file(folder / config) and any(is_file(folder / file) for file in weights)
+        for folder in (cached, *([] if name is None else [cached / name]))
+    ):
+        return cached
     return _downloaded(place, name, config, weights, suffixes)
+
+
+def _file(place: HubPlace, cached: Path | None, config: str, weights: Sequence[str]) -> Path:
+    """The local copy of one file on the hub, with the configuration beside it if it is named as PEFT's."""
+    wants_config = PurePosixPath(place.inner).name in weights
+    if cached is not None and (not wants_config or is_file(cached.parent / config)):
+        return cached
+    files = place.listed().files
+    if place.inner not in files:
+        raise not_found(str(place))
+    beside = str(PurePosixPath(place.inner).parent / config)
+    if wants_config and beside in files:
+        place.downloaded(beside)
+    return place.downloaded(place.inner)
 
 
 def _downloaded(
     place: HubPlace, name: str | None, config: str, weights: Sequence[str], suffixes: Collection[str]
 ) -> Path:
-    files = place.files()
+    files = place.listed().files
     root = PurePosixPath(place.inner)
     by_folder = name is not None and str(root / name / config) in files
     folder = root / name if by_folder and name is not None else root
@@ -73,7 +89,7 @@ def _downloaded(
     return local.parent.parent if by_folder else local.parent
 
 
-def _only(place: HubPlace, here: dict[str, str], found: list[str], files: list[str], config: str) -> str:
+def _only(place: HubPlace, here: dict[str, str], found: list[str], files: Collection[str], config: str) -> str:
     """The one file of tensors of a folder on the hub, which is no whole model."""
     if model := next((file for file in FILES if file in here), None):
         raise AdapterFormatError(

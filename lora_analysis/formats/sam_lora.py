@@ -31,13 +31,14 @@ import torch
 from lora_analysis.adapter import Contents, Module, ScaleSource, Target
 from lora_analysis.base import BaseWeights
 from lora_analysis.checkpoint import Checkpoint
-from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
+from lora_analysis.errors import AdapterFormatError
 from lora_analysis.formats.ledger import unused_tensors
 from lora_analysis.formats.options import ReadOptions
 from lora_analysis.formats.products import low_rank
 from lora_analysis.update import LowRankUpdate
 
 NAME = "sam_lora"
+TAKES = ()
 
 _FACTOR = re.compile(r"w_(?P<side>[ab])_(?P<index>[0-9]{3,4})\Z")
 _CLASSIFIER = re.compile(r"fc_[0-9]+in_[0-9]+out\Z")
@@ -55,12 +56,6 @@ def matches(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
 def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions) -> Contents:
     """Describe every tensor of a Sam_LoRA file."""
     where = options.where
-    if options.name is not None:
-        raise AdapterFormatError(f"{where}: expected an adapter named {options.name!r}; Sam_LoRA's have no names.")
-    if options.split is not None:
-        raise UnsupportedAdapterError(
-            f"{where}: split= names the slots of a loralib MergedLinear; Sam_LoRA's are q and v. Leave split= out."
-        )
     pairs = _pairs(checkpoint, where)
     prefix = "blocks" if any(_CLASSIFIER.match(name) for name in checkpoint) else "image_encoder.blocks"
     in_base = prefix if options.base is None else _blocks_of(options.base, len(pairs) // len(_SLICES), where)

@@ -11,13 +11,15 @@ get their Hugging Face names, ``model.layers.3.self_attn.q_proj``, ``model.layer
 where ``base=`` has those, or with ``heads=``.
 
 The rows of q and k are in the order of the model's rotary positions: interleaved in Llama, Mistral and Gemma, where
-Hugging Face has them half-split; as there in Qwen2 and Phi-3. ``heads=(n_heads, n_kv_heads)`` turns interleaved
-rows. The file does not say which it is, so that q and k are flagged ``ambiguous-layout`` without it: the
-output side of an overlap with adapters of Hugging Face models then means nothing. Singular values and the input
+Hugging Face has them half-split; as there in Qwen2, Qwen3 and Phi-3. The file does not say which model it is of. A
+Hugging Face ``base=`` does, by its ``config.json``, and GGUF by its header: their numbers of heads turn interleaved
+rows. ``heads=(n_heads, n_kv_heads)`` turns them in any case. With neither, q and k are flagged ``ambiguous-layout``:
+the output side of an overlap with adapters of Hugging Face models then means nothing. Singular values and the input
 side do not depend on it.
 
-Facts from torchtune 0.6 ``modules/peft/lora.py``, ``modules/peft/dora.py``, ``models/convert_weights.py``. Its own
-conversion to PEFT permutes the rows of lora_b but not DoRA's magnitudes, and those of Qwen2, which it should not.
+Facts from torchtune 0.6 ``modules/peft/lora.py``, ``modules/peft/dora.py``, ``models/convert_weights.py`` and
+``models/*/_convert_weights.py``. Its own conversion to PEFT permutes the rows of lora_b but not DoRA's magnitudes,
+and those of Qwen2, which it should not.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,15 +36,15 @@ from torch import Tensor
 from lora_analysis.adapter import Contents, Module, ScaleSource, Target
 from lora_analysis.base import BaseWeights
 from lora_analysis.checkpoint import Checkpoint
-from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
-from lora_analysis.formats.bases import has_all
+from lora_analysis.errors import AdapterFormatError, AmbiguousAdapterError
 from lora_analysis.formats.ledger import unused_tensors
 from lora_analysis.formats.options import MAX_ALPHA, ReadOptions
 from lora_analysis.formats.products import low_rank, true_update
-from lora_analysis.formats.rotary import half_split, require_heads
+from lora_analysis.formats.rotary import half_split, require_heads, said_by_the_base
 from lora_analysis.update import DenseUpdate, LowRankUpdate, Update
 
 NAME = "torchtune"
+TAKES = ("config", "heads")
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ab])\.weight\Z", re.DOTALL)
 _ROTARY = re.compile(r"(?:decoder\.)?layers\.[0-9]+\.(?:layer\.)?attn\.(?P<side>[qk])_proj\Z")
@@ -57,6 +59,9 @@ _IN_LAYER = {
     "mlp.w2": "mlp.down_proj",
     "mlp.w3": "mlp.up_proj",
 }
+_INTERLEAVED = frozenset({"llama", "mistral", "gemma", "gemma2"})
+_AS_HUGGING_FACE = frozenset({"qwen2", "qwen3", "phi3"})
+"""Models by the order in which torchtune has the rows of q and k."""
 _OUTSIDE = {"output": "lm_head", "tok_embeddings": "model.embed_tokens"}
 
 
@@ -68,14 +73,11 @@ def matches(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
 def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions) -> Contents:
     """Describe every tensor of a torchtune adapter."""
     where = options.where
-    if options.name is not None:
-        raise AdapterFormatError(f"{where}: expected an adapter named {options.name!r}; torchtune's have no names.")
-    if options.split is not None:
-        raise UnsupportedAdapterError(f"{where}: split= is for loralib's MergedLinear. Leave split= out.")
     stems = list(dict.fromkeys(match["module"] for match in map(_FACTOR.match, checkpoint) if match))
     names = _names(stems, options)
+    order = _order(stems, names, options)
     alpha = _alpha(config, where)
-    modules = {names[stem]: _module(checkpoint, stem, names[stem], alpha, options) for stem in stems}
+    modules = {names[stem]: _module(checkpoint, stem, names[stem], alpha, order, options) for stem in stems}
     unused = unused_tensors(
         checkpoint,
         {tensor for module in modules.values() for tensor in module.tensors},
@@ -84,13 +86,13 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
         otherwise="a full tensor trained beside LoRA, no part of any update",
         where=where,
     )
-    return Contents(modules, unused, tuple(_notes(modules, stems, config, alpha, options)))
+    return Contents(modules, unused, (*_notes(modules, config, alpha, options), *order.notes))
 
 
 def _names(stems: list[str], options: ReadOptions) -> dict[str, str]:
     """Names of torchtune, or those of Hugging Face where the base has them or the caller wants their order."""
     theirs = {stem: _hugging_face_name(stem) or stem for stem in stems}
-    fits_ours = options.base is not None and has_all(options.base, [f"{stem}.weight" for stem in stems])
+    fits_ours = options.base is not None and options.base.has_all([f"{stem}.weight" for stem in stems])
     if fits_ours and options.heads is not None:
         raise AdapterFormatError(
             f"{options.where}: heads= turns the rows of q and k to the order of Hugging Face models, and the base is "
@@ -99,10 +101,42 @@ def _names(stems: list[str], options: ReadOptions) -> dict[str, str]:
     if options.heads is not None or (
         options.base is not None
         and not fits_ours
-        and has_all(options.base, [f"{name}.weight" for name in theirs.values()])
+        and options.base.has_all([f"{name}.weight" for name in theirs.values()])
     ):
         return theirs
     return {stem: stem for stem in stems}
+
+
+class _Order(NamedTuple):
+    """In which order the rows of q and k lie, and which numbers of heads turn them to Hugging Face's."""
+
+    heads: tuple[int, int] | None
+    known: bool
+    notes: tuple[str, ...] = ()
+
+
+def _order(stems: list[str], names: Mapping[str, str], options: ReadOptions) -> _Order:
+    if not any(map(_ROTARY.match, stems)):
+        return _Order(None, True)
+    theirs = options.base is not None and any(name != stem for stem, name in names.items())
+    model, counts = options.base.architecture if options.base is not None and theirs else (None, None)
+    if options.heads is not None:
+        notes = said_by_the_base(options.heads, counts)
+        if model in _AS_HUGGING_FACE:
+            notes.append(
+                f"heads= turns the rows of q and k, which torchtune has in the order of {model!r}, the base's."
+            )
+        return _Order(options.heads, True, tuple(notes))
+    if model in _AS_HUGGING_FACE:
+        return _Order(None, True)
+    if model in _INTERLEAVED and counts is not None:
+        return _Order(counts, True, tuple(said_by_the_base(None, counts)))
+    note = (
+        "the rows of q and k may be in interleaved rotary order (Llama, Mistral, Gemma; not Qwen2, Phi-3): their "
+        "output side then compares with no Hugging Face adapter or base. Pass heads=(n_heads, n_kv_heads) to turn "
+        "them."
+    )
+    return _Order(None, False, (note,))
 
 
 def _hugging_face_name(stem: str) -> str | None:
@@ -113,7 +147,9 @@ def _hugging_face_name(stem: str) -> str | None:
     return None if part is None else f"model.layers.{found['block']}.{part}"
 
 
-def _module(checkpoint: Checkpoint, stem: str, name: str, alpha: float | None, options: ReadOptions) -> Module:
+def _module(
+    checkpoint: Checkpoint, stem: str, name: str, alpha: float | None, order: _Order, options: ReadOptions
+) -> Module:
     where, keys = options.where, (f"{stem}.lora_a.weight", f"{stem}.lora_b.weight")
     for key in keys:
         if key not in checkpoint:
@@ -128,15 +164,20 @@ def _module(checkpoint: Checkpoint, stem: str, name: str, alpha: float | None, o
     scale, source = _scale(alpha, options.alpha, r)
     rotary = _ROTARY.match(stem)
     n_heads = None
-    if rotary and options.heads is not None:
-        n_heads = options.heads[0 if rotary["side"] == "q" else 1]
+    if rotary and order.heads is not None:
+        n_heads = order.heads[0 if rotary["side"] == "q" else 1]
         require_heads(where, stem, d_out, n_heads)
-    flags: tuple[str, ...] = ("ambiguous-layout",) if rotary and n_heads is None else ()
+    flags: tuple[str, ...] = ("ambiguous-layout",) if rotary and not order.known else ()
     plain = partial(_read_update, checkpoint, keys, n_heads, scale, options.device)
     magnitude = _magnitude(checkpoint, stem, d_out, n_heads, options)
     target = Target(f"{name}.weight")
     read: Callable[[], Update] = plain
     if magnitude is not None and options.base is not None:
+        if rotary and not order.known and name != stem:
+            raise AmbiguousAdapterError(
+                f"{where}: {stem!r}: DoRA rescales the rows of the base, and whether these are in its order nothing "
+                "says. Pass heads=(n_heads, n_kv_heads), or give the base with its config.json."
+            )
         read = partial(_read_true_update, plain, magnitude, options.base, target)
     elif magnitude is not None:
         flags += ("dora-low-rank-part",)
@@ -175,11 +216,7 @@ def _scale(configured: float | None, given: float | None, r: int) -> tuple[float
 
 
 def _notes(
-    modules: Mapping[str, Module],
-    stems: list[str],
-    config: Mapping[str, Any],
-    alpha: float | None,
-    options: ReadOptions,
+    modules: Mapping[str, Module], config: Mapping[str, Any], alpha: float | None, options: ReadOptions
 ) -> list[str]:
     notes = []
     if options.alpha is None and alpha is None:
@@ -193,12 +230,6 @@ def _notes(
         for name, module in modules.items()
         if isinstance(declared, int) and declared != module.r
     ]
-    if options.heads is None and any(_ROTARY.match(stem) for stem in stems):
-        notes.append(
-            "the rows of q and k may be in interleaved rotary order (Llama, Mistral, Gemma; not Qwen2, Phi-3): their "
-            "output side then compares with no Hugging Face adapter or base. Pass heads=(n_heads, n_kv_heads) to turn "
-            "them."
-        )
     if options.base is None and any(module.magnitude for module in modules.values()):
         notes.append("DoRA: the updates are their low-rank part. Pass base= for what DoRA adds to the base.")
     return notes

@@ -35,7 +35,7 @@ _COMPONENTS = {
     "lora_te3": "text_encoder_3",
     "lycoris": "",
 }
-_UNDERSCORED = re.compile(rf"(?P<prefix>{'|'.join(_COMPONENTS)})_(?P<path>[^.]+)\Z")
+_UNDERSCORED = re.compile(rf"(?P<prefix>{'|'.join(_COMPONENTS)})_+(?P<path>[^._][^.]*)\Z")
 _PREFIXES = {
     "unet": ("unet.", "transformer.", "model.diffusion_model.", "diffusion_model."),
     "text_encoder": (
@@ -54,6 +54,7 @@ _PREFIXES = {
 _PIPELINE = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
 """diffusers' own prefixes, which stay in a module's name."""
 
+_NUMBERED = re.compile(r"_[0-9]+\.\Z")
 _UNET_BLOCKS = ("down_blocks", "up_blocks", "mid_block", "input_blocks", "output_blocks", "middle_block", "time_embed")
 _MAX_DEPTH = 5
 """Components of a base's name that may come before a component's own path."""
@@ -197,7 +198,7 @@ def _fits(stored: tuple[int, ...], shape: tuple[int, int]) -> bool:
     if len(stored) < 2:
         return False
     unfolded = (stored[0], math.prod(stored[1:]))
-    return shape in (unfolded, unfolded[::-1])
+    return shape == unfolded or (len(stored) == 2 and shape == stored[::-1])
 
 
 def _chosen(component: str, hits: Mapping[str, _Hits], base: BaseWeights, where: str) -> dict[str, Resolved]:
@@ -205,15 +206,18 @@ def _chosen(component: str, hits: Mapping[str, _Hits], base: BaseWeights, where:
     own = _PREFIXES[component]
 
     def order(prefix: str) -> tuple[int, int]:
-        rank = own.index(prefix) if prefix in own else len(own) if not prefix else _UNKNOWN
+        # Wan's "transformer_2" has the layers of its "transformer", and no less right to a file.
+        known = prefix if prefix in own else _NUMBERED.sub(".", prefix)
+        rank = own.index(known) if known in own else len(own) if not prefix else _UNKNOWN
         return -len(hits[prefix].paths), rank
 
     first, *others = sorted(hits, key=order)
     offered = hits[first].paths
-    if others and order(others[0]) == order(first):
-        stem = next(iter(offered))
-        candidates = [offered[stem][0], *hits[others[0]].paths.get(stem, [others[0]])[:1]]
-        raise BaseWeightsError(_ambiguous(stem, candidates, base, where))
+    for other in others:
+        theirs = hits[other].paths
+        if order(other) == order(first) and theirs != offered:
+            stem = next(stem for stem in offered if offered[stem] != theirs.get(stem))
+            raise BaseWeightsError(_ambiguous(stem, [offered[stem][0], *theirs.get(stem, [other])[:1]], base, where))
     for stem, paths in offered.items():
         if len(paths) > 1:
             raise BaseWeightsError(_ambiguous(stem, paths, base, where))

@@ -13,6 +13,37 @@ _BY_KEY = (
     ("IA3, which is no additive low-rank update", r"\.ia3_l(\.|$)"),
     ("UniLoRA, which shares one vector among all modules", r"unilora"),
 )
+_PARTS = {
+    "adamss_A": "ADAMSS",
+    "beft_bias": "BEFT",
+    "bone_block": "BONE",
+    "c3a_kernel": "C3A",
+    "deft_P": "DEFT",
+    "delora_A": "DELORA",
+    "fourierft_spectrum": "FOURIERFT",
+    "frod_lambda_l": "FROD",
+    "glora_A": "GLORA",
+    "gralora_A": "GRALORA",
+    "hira_A": "HIRA",
+    "hira_embedding_A": "HIRA",
+    "hra_u": "HRA",
+    "lily_A": "LILY",
+    "miss_block": "MISS",
+    "osf_svd_params": "OSF",
+    "peanut_A": "PEANUT",
+    "poly_lora_A": "POLY",
+    "prompt_embeddings": "PROMPT_TUNING",
+    "psoft_R": "PSOFT",
+    "pvera_lambda_b": "PVERA",
+    "randlora_lambda": "RANDLORA",
+    "road_theta": "ROAD",
+    "shira_weight": "SHIRA",
+    "supertuning_values": "SUPERTUNING",
+    "tinylora_v": "TINYLORA",
+    "vblora_logits_A": "VBLORA",
+    "waveft_spectrum": "WAVEFT",
+}
+"""One parameter of every module of PEFT's other kinds, which tells them where there is no configuration."""
 PEFT_TYPES = {
     "ADAMSS": "whose updates lie in subspaces of the base's own SVD",
     "ADAPTION_PROMPT": "which changes no weight",
@@ -68,9 +99,24 @@ def recognised(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | None:
     if isinstance(peft_type, str) and peft_type.upper() != "LORA":
         return None
     names = list(checkpoint)
-    for title, pattern in _BY_KEY:
-        if any(re.search(pattern, name) for name in names):
-            return title
+    if found := next((title for title in map(kind_of, names) if title is not None), None):
+        return found
     if names and all(re.fullmatch(r"<.+>", name) for name in names):
         return "learned token embeddings (textual inversion), which change no weight matrix"
     return None
+
+
+def kind_of(name: str) -> str | None:
+    """The kind of update that a tensor of this name is a part of, where it is known and not read.
+
+    Examples
+    --------
+    >>> kind_of("base_model.model.q.hra_u.default")
+    'PEFT HRA, a multiplicative update'
+    >>> kind_of("base_model.model.q.weight") is None
+    True
+    """
+    if found := next((title for title, pattern in _BY_KEY if re.search(pattern, name)), None):
+        return found
+    peft_type = next((_PARTS[part] for part in reversed(name.split(".")) if part in _PARTS), None)
+    return None if peft_type is None else f"PEFT {peft_type}, {PEFT_TYPES[peft_type]}"

@@ -7,7 +7,8 @@ from typing import Literal
 
 Severity = Literal["error", "warning", "info", "undecided"]
 """``error``: the adapter cannot act as it was trained; ``warning``: it acts, and something about it is wrong or wasted;
-``info``: right here, and some other tool would misread it; ``undecided``: a check that needs what is not there."""
+``info``: right here, and some other tool would misread it, or it could be smaller; ``undecided``: a check that needs
+what is not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +35,25 @@ class Finding:
 
 CODES = {
     "adapter-init": "A has not moved from its initialisation",
+    "alora-not-portable": "activated LoRA, which most tools apply to every token",
     "alpha-contradicted": "two places in the file give different alphas",
     "alpha-missing": "the scale rests on a default, because alpha is not in the file",
     "ambiguous-layout": "the tensors allow another reading",
+    "base-copy": "a full tensor of the file is the base's own",
     "base-mismatch": "the base has no such matrix, or one of another shape",
-    "denormals": "many stored numbers are denormal, and have lost digits",
+    "denormals": "stored numbers are denormal, and have lost digits",
+    "dora-contradicted": "magnitudes that the configuration does not announce, so that others ignore them",
     "dora-not-portable": "DoRA's magnitudes, which GGUF and many servers cannot hold or ignore",
-    "duplicate-tensor": "a tensor is stored twice",
+    "duplicate-key": "a key of the configuration is there twice, or decides what an earlier one decides",
+    "duplicate-tensor": "two tensors of the file hold the same numbers",
+    "merged-twice": "PEFT's MultiheadAttention applies this update twice",
+    "module-untargeted": "target_modules does not find the module, so that PEFT ignores its factors",
     "mutated-base": "the initialisation moved the base, so s·B·A is not the update",
     "nonfinite": "NaN or infinities",
     "pattern-shadowed": "several pattern keys match one module, and give different values",
     "pattern-unused": "a pattern key matches no module",
-    "patterns-not-portable": "scales differ between modules, which GGUF and MLX cannot express",
+    "patterns-not-portable": "alphas or scales differ between modules, which GGUF or MLX cannot express",
+    "projections-missing": "VeRA's projections are not in the file and have to be drawn again",
     "r-exceeds-d": "r is larger than the matrix's smaller side",
     "rank-contradicted": "the configuration or header gives another r than the tensors",
     "rslora-not-portable": "rsLoRA's scale, which tools that compute alpha / r get wrong",

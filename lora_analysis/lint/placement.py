@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from lora_analysis.adapter import Adapter
@@ -16,23 +17,46 @@ def placement_findings(adapter: Adapter, base: BaseWeights) -> Iterator[Finding]
     try:
         base.find_all(targets.values())
     except BaseWeightsError as error:
-        absent = [name for name, tensor in targets.items() if tensor not in base]
-        if len(absent) in (0, len(targets)):  # no name fits as it is written: one reason for all
+        present = _present(list(dict.fromkeys(targets.values())), base)
+        if not present:  # no name fits: one reason for all
             yield Finding("base-mismatch", "error", "", str(error))
             return
-        for name in absent:
-            yield Finding(
-                "base-mismatch",
-                "error",
-                name,
-                f"the base has no {targets[name]!r}: the update acts on nothing. Take the base it was trained on.",
-            )
-        present = [name for name in targets if name not in absent]
+        for name, tensor in targets.items():
+            if tensor not in present:
+                yield Finding(
+                    "base-mismatch",
+                    "error",
+                    name,
+                    "the base has no such tensor: the update acts on nothing. Take the base it was trained on, or "
+                    "correct the name.",
+                )
     else:
-        present = list(targets)
-    for name in present:
-        module = adapter.modules[name]
+        present = set(targets.values())
+    for name, module in adapter.modules.items():
+        if targets[name] in present:
+            try:
+                base.require_fit(module.target, module.shape)
+            except BaseWeightsError as error:
+                yield Finding("base-mismatch", "error", name, str(error))
+
+
+def _present(tensors: list[str], base: BaseWeights) -> set[str]:
+    """The tensors that the base has under the change of prefix that finds most of them."""
+    found = {}
+    for tensor in tensors:
         try:
-            base.require_fit(module.target, module.shape)
-        except BaseWeightsError as error:
-            yield Finding("base-mismatch", "error", name, str(error))
+            found[tensor] = _change(tensor, base.find(tensor))
+        except BaseWeightsError:
+            continue
+    if not found:
+        return set()
+    usual, _ = Counter(found.values()).most_common(1)[0]
+    return {tensor for tensor, change in found.items() if change == usual}
+
+
+def _change(tensor: str, name: str) -> tuple[str, str]:
+    """The prefix that a name loses, and the one that it gets in its place."""
+    kept = 0
+    while kept < min(len(tensor), len(name)) and tensor[-1 - kept] == name[-1 - kept]:
+        kept += 1
+    return tensor[: len(tensor) - kept], name[: len(name) - kept]

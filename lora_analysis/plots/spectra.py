@@ -39,8 +39,9 @@ def spectra(
 
     The grey band is where 5 to 95 % of the draws of ``measures.spectrum_null`` lie, one for each shape and r, round
     their median. An update above it at k = 1 and below it at large k concentrates on few directions; one inside
-    is, by its spectrum, noise. There is no band for updates of more than 512 singular values: they are differences
-    of full checkpoints, and a product of two random factors is not their chance. Dotted lines are three
+    is, by its spectrum, noise. There is no band for updates of more than 512 singular values, differences of full
+    checkpoints, nor for those of more than r (LoHa, LoKr, DoRA's true update): a product of two random factors is not
+    their chance. Dotted lines are three
     storage-noise floors, where those come near the picture: values below them are rounding. Values beyond the
     numerical rank are left out.
 
@@ -82,11 +83,10 @@ def spectra(
             "unknown, pass alpha= when loading the adapter."
         )
     ax = axes_or_new(ax)
-    kinds = list(dict.fromkeys((row["d_out"], row["d_in"], row["r"]) for row in drawn))
+    kinds = list(dict.fromkeys((row["d_out"], row["d_in"], row["r"]) for row in drawn if _is_product(row)))
     for d_out, d_in, r in kinds:
-        if min(d_out, d_in, r) <= _LARGEST:
-            label = f"chance {d_out}x{d_in}, $r$ = {r} (90 % band)" if len(kinds) > 1 else "chance (90 % band)"
-            _band(ax, spectrum_null((d_out, d_in), r, draws=draws, seed=seed), label)
+        label = f"chance {d_out}x{d_in}, $r$ = {r} (90 % band)" if len(kinds) > 1 else "chance (90 % band)"
+        _band(ax, spectrum_null((d_out, d_in), r, draws=draws, seed=seed), label)
     colours = _colours(ax, [row["module"] for row in drawn])
     spectra_of = [(colours[row["module"]], _shares(row), RESOLVED * _floors(row)) for row in drawn]
     longest = max(len(shares) for _, shares, _ in spectra_of)
@@ -138,6 +138,11 @@ def _colours(ax: Axes, modules: Sequence[str]) -> dict[str, tuple[Any, str, str 
         result[module] = (*style(list(labels).index(p.kind)), None if p.kind in seen else labels[p.kind])
         seen.add(p.kind)
     return result
+
+
+def _is_product(row: dict[Any, Any]) -> bool:
+    """Whether the spectrum can be that of a product of two factors, of a size that the null is drawn for."""
+    return len(_numbers(row["singular_values"])) <= min(int(row["r"]), int(row["d_out"]), int(row["d_in"]), _LARGEST)
 
 
 def _known(row: dict[Any, Any]) -> int:

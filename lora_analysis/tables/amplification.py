@@ -10,13 +10,14 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from lora_analysis.adapter import Adapter, Target
+from lora_analysis.adapter import Adapter, Module, Target
 from lora_analysis.base import BaseWeights
 from lora_analysis.errors import BaseWeightsError, UndefinedUpdateError
 from lora_analysis.measures import spectrum
 from lora_analysis.measures.amplification import Amplification, amplification, projected_null_rms
 from lora_analysis.measures.projection_null import projection_null_draws
 from lora_analysis.measures.weight import WeightSpectrum, projected_weight, weight_spectrum
+from lora_analysis.tables.directions import last_k
 from lora_analysis.tables.frames import as_adapters, frame, module_flags
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.update import with_scale
@@ -43,7 +44,7 @@ def amplification_table(
         Several adapters of one base share the reading and the decomposition of its matrices.
     base : BaseWeights
     ks : sequence of int, optional
-        Truncations k; powers of two up to r, and r, by default.
+        Truncations k; powers of two up to r, and r, by default (of a matrix without an r of its own up to 64).
     draws, seed : int
         Of the Monte Carlo p, at least 1 / (draws + 1); 0 leaves p out.
     workers : int, optional
@@ -70,7 +71,7 @@ def amplification_table(
     Hu et al. 2021, arXiv:2106.09685, section 7.3, table 7 and appendix H.4.
     """
     if ks is not None:
-        ks = [int(k) for k in ks]
+        ks = sorted({int(k) for k in ks})
         if not ks or min(ks) < 1:
             raise ValueError(f"ks: expected positive integers, got {ks}.")
     adapters = as_adapters(adapter)
@@ -84,7 +85,7 @@ def amplification_table(
     def rows_of_matrix(item: tuple[tuple[Target, tuple[int, int]], list[tuple[int, str]]]) -> list[dict[str, Any]]:
         (target, shape), modules = item
         weight = base.matrix(target, shape)
-        wanted = {(number, name): _ks(adapters[number].modules[name].r, shape, ks) for number, name in modules}
+        wanted = {(number, name): ks or _default_ks(adapters[number].modules[name]) for number, name in modules}
         most = max([1, *(k for values in wanted.values() for k in values if k <= min(shape))])
         try:
             whole = weight_spectrum(weight, most, seed=seed)
@@ -100,20 +101,15 @@ def amplification_table(
     found = over_modules(
         rows_of_matrix, list(users.items()), workers=workers, progress=progress, description="Amplification"
     )
-    by_module = {(row.pop("_adapter"), row["module"], row["k"]): row for rows in found for row in rows}
-    ordered = [
-        by_module[number, name, k]
-        for number, item in enumerate(adapters)
-        for name, module in item.modules.items()
-        for k in _ks(module.r, module.shape, ks)
-    ]
+    by_module: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in (row for rows in found for row in rows):
+        by_module.setdefault((row.pop("_adapter"), row["module"]), []).append(row)
+    ordered = [row for number, item in enumerate(adapters) for name in item for row in by_module[number, name]]
     return frame(ordered, COLUMNS)
 
 
-def _ks(r: int, shape: tuple[int, int], ks: Sequence[int] | None) -> list[int]:
-    if ks is not None:
-        return sorted(set(ks))
-    most = max(1, min(r, *shape))  # a module without rank still has its row, which says so
+def _default_ks(module: Module) -> list[int]:
+    most = last_k(module)
     return sorted({2**power for power in range(most.bit_length())} | {most})
 
 
@@ -132,7 +128,7 @@ def _rows(
     flags = module_flags(module)
     update = adapter[name] if known else with_scale(adapter[name], 1.0)
     try:
-        svd = update.svd()
+        svd = update.svd(max(ks))
         rank = spectrum.numerical_rank(svd.S, module.shape)
         flags += ["zero"] * (rank == 0)
     except UndefinedUpdateError:

@@ -20,11 +20,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lora_analysis.adapter import Adapter
+from lora_analysis.adapter import Adapter, Module
 from lora_analysis.errors import LoraAnalysisError, UndefinedUpdateError
 from lora_analysis.measures import precision, spectrum
 from lora_analysis.measures.null import SimilarityNull, similarity_null
 from lora_analysis.measures.subspace import subspace_similarity
+from lora_analysis.tables.directions import leading
 from lora_analysis.tables.frames import module_flags
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.update import LowRankUpdate, Update, factors, with_scale
@@ -78,7 +79,9 @@ def similarity_table(
         Modules of like name (the default with ``b``); every module of ``a`` against every module of ``b``,
         or each pair within ``a`` once (the default without ``b``); or the pairs listed.
     cells : {"landmarks", "all"}
-        (1, 1), (1, r'), (r, 1), (r, r') and the diagonal at powers of two; or the whole grid.
+        (1, 1), (1, r'), (r, 1), (r, r') and the diagonal at powers of two; or the whole grid. Of an update whose rank
+        no r bounds (LoHa, LoKr, a full difference, DoRA's true one) at most the first max(r, 64) directions are
+        compared, and count as its r here.
     draws, seed : int
         Of the Monte Carlo p where no closed form exists; p is then at least 1 / (draws + 1).
     workers : int, optional
@@ -194,7 +197,7 @@ def _subspaces(adapter: Adapter, name: str, target: Which) -> _Subspaces:
     if module.scale_source == "unknown":
         update = with_scale(update, 1.0)
     try:
-        bases, S, floors = _decomposed(update, target)
+        bases, S, floors, following = _decomposed(module, update, target)
         rank = spectrum.numerical_rank(S, module.shape)
         flags += ["zero"] * (rank == 0)
     except UndefinedUpdateError:
@@ -202,7 +205,7 @@ def _subspaces(adapter: Adapter, name: str, target: Which) -> _Subspaces:
         flags.append("nonfinite")
     if rank == 0:
         return _no_subspaces(module.shape, min(module.r, *module.shape), target, flags)
-    gaps = S - torch.cat([S[1:], S.new_zeros(1)])[: len(S)]
+    gaps = S - torch.cat([S[1:], S.new_full((1,), following)])[: len(S)]
     undetermined = gaps <= torch.clamp(precision.RESOLVED * floors, min=_TIE * float(S.max()))
     noisy = precision.RESOLVED * floors > S
     return _Subspaces(bases, rank, undetermined.cpu().numpy(), noisy.cpu().numpy(), tuple(flags))
@@ -218,14 +221,16 @@ def _no_subspaces(shape: tuple[int, int], k: int, target: Which, flags: list[str
     return _Subspaces(bases, 0, nothing, nothing, tuple(flags))
 
 
-def _decomposed(update: Update, target: Which) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Bases by side, their singular values, and the storage noise of each (0 where unknown)."""
+def _decomposed(module: Module, update: Update, target: Which) -> tuple[dict[str, Tensor], Tensor, Tensor, float]:
+    """Bases by side, their singular values, the storage noise of each (0 where unknown), and the next value."""
     if target == "update":
-        svd = update.svd()
+        k = leading(module, update)
+        whole = update.svd(k + 1)
+        svd = whole.top(k)
         floors = torch.zeros_like(svd.S)
         if isinstance(update, LowRankUpdate) and not math.isnan(update.eps):
-            floors = precision.noise_floors(*update.core(), scale=update.scale, eps=update.eps)
-        return {"in": svd.V, "out": svd.U}, svd.S, floors
+            floors = precision.noise_floors(*update.core(), scale=update.scale, eps=update.eps)[:k]
+        return {"in": svd.V, "out": svd.U}, svd.S, floors, float(whole.S[k]) if len(whole.S) > k else 0.0
     up, down = factors(update)
     factor = (down.mT if target == "A" else up).double()
     if not bool(factor.isfinite().all()):
@@ -234,7 +239,7 @@ def _decomposed(update: Update, target: Which) -> tuple[dict[str, Tensor], Tenso
     # Independent errors of relative size eps reach a direction of r-space with this root mean square.
     floor = update.eps * float(factor.norm()) / math.sqrt(max(update.r, 1))
     floors = torch.full_like(S, 0.0 if math.isnan(floor) else floor)
-    return {"in" if target == "A" else "out": basis}, S, floors
+    return {"in" if target == "A" else "out": basis}, S, floors, 0.0
 
 
 def _grids(a: _Subspaces, b: _Subspaces, cells: str) -> list[_Grid]:

@@ -19,7 +19,7 @@ Hu et al. 2021, arXiv:2106.09685. The QR route is standard (Golub and Van Loan, 
 
 from lora_analysis.update.dense import DenseUpdate
 from lora_analysis.update.kronecker import KroneckerUpdate
-from lora_analysis.update.low_rank import CERTIFIED_CONDITION, LowRankUpdate, factors
+from lora_analysis.update.low_rank import CERTIFIED_CONDITION, LowRankUpdate, distance, factors
 from lora_analysis.update.protocol import Svd, Update, rounding_error, with_scale
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "LowRankUpdate",
     "Svd",
     "Update",
+    "distance",
     "factors",
     "rounding_error",
     "with_scale",

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from lora_analysis.errors import UndefinedUpdateError
-from lora_analysis.update.protocol import Svd, require_known_scale, require_matrix, rounding_error
+from lora_analysis.update.protocol import Svd, all_finite, require_known_scale, require_matrix, rounding_error
+
+_MANY = 1024
+"""Smaller side up to which the whole decomposition is computed, in a second or so."""
+
+_FEW = 8
+"""Share of the triples, one in so many, up to which Lanczos iterations are the shorter way."""
+
+_ACCURACY = 1e-12
+"""Largest residual of a singular triple, in units of the largest singular value."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +66,7 @@ class DenseUpdate:
     @property
     def finite(self) -> bool:
         """Whether the matrix holds no NaN and no infinity."""
-        return bool(self.matrix.isfinite().all())
+        return all_finite(self.matrix)
 
     def norm(self) -> float:
         """Frobenius norm."""
@@ -69,8 +78,17 @@ class DenseUpdate:
         return S
 
     def svd(self, k: int | None = None) -> Svd:
-        """Compact SVD in float64, the first k triples if k is given."""
-        U, S, Vh = torch.linalg.svd(self._finite_matrix(), full_matrices=False)
+        """Compact SVD in float64, the first k triples if k is given.
+
+        Few triples of a large matrix come from Lanczos iterations, to the accuracy of the whole decomposition: of 4096
+        columns the first 65 in a sixth of the time. Where these do not get there, everything is computed.
+        """
+        matrix = self._finite_matrix()
+        if k is not None and min(matrix.shape) > _MANY and _FEW * k <= min(matrix.shape) and not matrix.is_cuda:
+            top = _top_triples(matrix, k)
+            if top is not None:
+                return top
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
         return Svd(U[:, :k], S[:k], Vh[:k])
 
     def dense(self) -> Tensor:
@@ -82,3 +100,20 @@ class DenseUpdate:
         if not self.finite:
             raise UndefinedUpdateError("the matrix of this update holds NaN or infinities.")
         return self.dense()
+
+
+def _top_triples(matrix: Tensor, k: int) -> Svd | None:
+    """The first k singular triples by Lanczos and one Rayleigh-Ritz step; None where a residual is too large."""
+    from scipy.sparse.linalg import ArpackError, svds  # takes a third of a second to import
+
+    start = torch.randn(min(matrix.shape), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    try:
+        *_, rows = svds(matrix.numpy(), k=k, v0=start.numpy())
+    except ArpackError:
+        return None
+    basis = torch.linalg.qr(torch.from_numpy(rows.copy()).mT).Q
+    U, S, Zh = torch.linalg.svd(matrix @ basis, full_matrices=False)
+    V = basis @ Zh.mT
+    residuals = (matrix.mT @ U - V * S).norm(dim=0)
+    # A comparison that is false of NaN, too.
+    return Svd(U, S, V.mT) if bool((residuals <= _ACCURACY * S[0]).all()) else None

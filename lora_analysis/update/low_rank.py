@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_analysis.errors import UndefinedUpdateError, UnsupportedAdapterError
-from lora_analysis.update.protocol import Svd, Update, require_known_scale, require_matrix, rounding_error
+from lora_analysis.update.protocol import Svd, Update, all_finite, require_known_scale, require_matrix, rounding_error
 
 CERTIFIED_CONDITION = 1e3
 """Largest condition number of a column-scaled factor for which the Gram route is used: its relative
@@ -98,7 +98,7 @@ class LowRankUpdate:
     @property
     def finite(self) -> bool:
         """Whether the factors hold no NaN and no infinity."""
-        return bool(self.up.isfinite().all() and self.down.isfinite().all())
+        return all_finite(self.up) and all_finite(self.down)
 
     def norm(self) -> float:
         """Frobenius norm of ΔW.
@@ -273,3 +273,27 @@ def factors(update: Update) -> tuple[Tensor, Tensor]:
             f"{update!r}: expected an update with factors A and B. Analyse it with target='update'."
         )
     return update.up, update.down
+
+
+def distance(a: Update, b: Update) -> float:
+    """Frobenius norm of the difference of two updates of one shape; of two products without forming either.
+
+    Raises
+    ------
+    ValueError
+        If their shapes differ.
+
+    Examples
+    --------
+    >>> a, b = (LowRankUpdate(torch.ones(1, 1), torch.ones(1, 4), scale) for scale in (2.0, -1.0))
+    >>> distance(a, b)
+    6.0
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"expected two updates of one shape, got {a.shape} and {b.shape}.")
+    if not isinstance(a, LowRankUpdate) or not isinstance(b, LowRankUpdate):
+        return float((a.dense() - b.dense()).norm())
+    require_known_scale(a.scale)
+    require_known_scale(b.scale)
+    up = torch.cat([a.scale * a.up.double(), -b.scale * b.up.double()], dim=1)
+    return LowRankUpdate(up, torch.cat([a.down.double(), b.down.double()]), 1.0).norm()

@@ -114,3 +114,9 @@ def require_known_scale(scale: float) -> None:
             "the scale of this update is unknown, so its norm and singular values are too. Pass alpha= "
             "when loading it, or use with_scale(update, 1.0) for figures that do not depend on scale."
         )
+
+
+def all_finite(numbers: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity."""
+    # torch does not ask this of numbers of one byte (fp8), which float32 holds exactly.
+    return bool((numbers.float() if numbers.dtype.itemsize == 1 else numbers).isfinite().all())

@@ -63,6 +63,14 @@ def test_inspect_names_everything(files):
         "scale": 2.0,
         "scale_source": "config",
         "flags": "",
+        "target": {
+            "tensor": "encoder.layer.0.attention.self.query.weight",
+            "transposed": False,
+            "rows": None,
+            "columns": None,
+            "expert": None,
+            "kernel": [],
+        },
     }
 
 

@@ -94,6 +94,19 @@ def test_one_number_off_the_blocks_is_enough_to_stay_whole(tmp_path: Path) -> No
     assert list(load_adapter(written(tmp_path / "x", {DOUBLE: parts}))) == [DOUBLE]
 
 
+def test_magnitudes_of_the_whole_weight_keep_it_whole(tmp_path: Path) -> None:
+    parts, _, _ = fused([D] * 3)
+    magnitude = torch.rand(3 * D, 1)
+    path = written(tmp_path / "x", {DOUBLE: parts | {"dora_scale": magnitude}})
+    adapter = load_adapter(path)
+    assert {name: module.flags for name, module in adapter.modules.items()} == {DOUBLE: ("dora-low-rank-part",)}
+    weight = torch.randn(3 * D, D)
+    (update,) = load_adapter(path, base={"double_blocks.0.img_attn.qkv.weight": weight}).values()
+    merged = weight.double() + adapter[DOUBLE].dense()
+    expected = magnitude.double() / merged.norm(dim=1, keepdim=True) * merged - weight.double()
+    torch.testing.assert_close(update.dense(), expected)
+
+
 def test_an_untrained_up_says_nothing_of_blocks(tmp_path: Path) -> None:
     parts, _, _ = fused([D] * 3)
     parts["lora_up.weight"].zero_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from lora_analysis.adapter import Adapter, Target
 from lora_analysis.base import load_base
-from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
+from lora_analysis.errors import AdapterFormatError, BaseWeightsError, UnsupportedAdapterError
 from lora_analysis.formats import load_adapter
 from lora_analysis.tables import spectrum_table
 
@@ -199,24 +200,67 @@ def test_a_base_of_gguf_names_keeps_them(tmp_path: Path) -> None:
         load_adapter(path, base=base, heads=(HEADS, KV_HEADS))
 
 
-def test_a_gguf_file_is_a_base_whose_rows_are_turned(tmp_path: Path) -> None:
-    weights = {name: random(len(b), a.shape[1]) for name, (a, b) in PAIRS.items()}
-    file = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    file.add_head_count(HEADS)
-    file.add_head_count_kv(KV_HEADS)
+def model(path: Path, weights: dict[str, NDArray[np.float32]], *, heads: bool = True) -> Path:
+    """A Llama in GGUF: rows of q and k permuted as llama.cpp's converter does."""
+    file = gguf.GGUFWriter(path, "llama")
+    if heads:
+        file.add_head_count(HEADS)
+        file.add_head_count_kv(KV_HEADS)
     for name, weight in weights.items():
         file.add_tensor(name, interleaved(weight, {Q: HEADS, K: KV_HEADS}[name]) if name in (Q, K) else weight)
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
     file.close()
-    path, base = converted(tmp_path / "x.gguf", PERMUTED), load_base(tmp_path / "model.gguf")
-    adapter = load_adapter(path, base=base, heads=(HEADS, KV_HEADS))
-    for name, pair in PAIRS.items():
-        module = name.removesuffix(".weight")
-        assert_close(adapter[module], 8 / R * product(pair))
-        np.testing.assert_array_equal(base.matrix(adapter.targets[module]).numpy(), weights[name])
+    return path
+
+
+def test_a_gguf_file_is_a_base_whose_rows_are_turned_and_whose_header_turns_the_adapters(tmp_path: Path) -> None:
+    weights = {name: random(len(b), a.shape[1]) for name, (a, b) in PAIRS.items()}
+    path, base = converted(tmp_path / "x.gguf", PERMUTED), load_base(model(tmp_path / "model.gguf", weights))
+    assert base.heads == (HEADS, KV_HEADS)
+    for heads in ((HEADS, KV_HEADS), None):
+        adapter = load_adapter(path, base=base, heads=heads)
+        for name, pair in PAIRS.items():
+            module = name.removesuffix(".weight")
+            assert_close(adapter[module], 8 / R * product(pair))
+            np.testing.assert_array_equal(base.matrix(adapter.targets[module]).numpy(), weights[name])
+        said = () if heads else ("the rows of q and k are turned by the base's numbers of heads, (4, 2).",)
+        assert adapter.notes == said
+    silent = load_base(model(tmp_path / "silent.gguf", weights, heads=False))
+    assert silent.heads is None
     with pytest.raises(AdapterFormatError, match=r"its rows are in another order than the base gives them"):
+        load_adapter(path, base=silent)
+
+
+def test_the_configuration_of_a_hugging_face_base_turns_rows(tmp_path: Path) -> None:
+    path = converted(tmp_path / "x.gguf", PERMUTED)
+    save_file(
+        {HUGGING_FACE[name]: torch.randn(len(b), a.shape[1]) for name, (a, b) in PAIRS.items()},
+        tmp_path / "model.safetensors",
+    )
+    config = {"model_type": "llama", "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = load_base(tmp_path / "model.safetensors")
+    adapter = load_adapter(path, base=base)
+    again = pickle.loads(pickle.dumps(adapter))
+    for name, pair in PAIRS.items():
+        module = HUGGING_FACE[name].removesuffix(".weight")
+        assert_close(adapter[module], 8 / R * product(pair))
+        assert torch.equal(again[module].dense(), adapter[module].dense())
+    # Twice as many heads of half the size fit the rows, too.
+    other = load_adapter(path, base=base, heads=(2 * HEADS, 2 * KV_HEADS))
+    assert other.notes == ("heads= gives (8, 4), the base says (4, 2); the former are taken.",)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BaseWeightsError, match=r"config\.json: expected JSON"):
+        load_adapter(path, base=load_base(tmp_path / "model.safetensors"))
+
+
+def test_heads_in_an_order_of_ggufs_own_do_not_meet_the_base(tmp_path: Path) -> None:
+    path = converted(tmp_path / "x.gguf", {"blk.0.attn_qkv.weight": factors(3 * D, D)}, architecture="bloom")
+    assert list(load_adapter(path)) == ["blk.0.attn_qkv"]
+    base = load_base({"transformer.h.0.self_attention.query_key_value.weight": torch.randn(3 * D, D)})
+    with pytest.raises(AdapterFormatError, match="GGUF has the heads of 'bloom' in an order of its own"):
         load_adapter(path, base=base)
 
 
@@ -329,14 +373,14 @@ def test_a_factor_without_its_partner_is_named(tmp_path: Path, lost: str) -> Non
 
 def test_heads_that_do_not_divide_the_rows_are_refused(tmp_path: Path) -> None:
     path = converted(tmp_path / "x.gguf", PERMUTED)
-    for heads in ((HEADS, 5), (3, KV_HEADS), (0, 0)):
-        with pytest.raises(AdapterFormatError, match=r"heads= names \d heads; .*Pass heads=\(n_heads, n_kv_heads\)"):
+    for heads in ((HEADS, 5), (3, KV_HEADS)):
+        with pytest.raises(AdapterFormatError, match=r"taken for \d heads: .*Pass heads=\(n_heads, n_kv_heads\)"):
             load_adapter(path, heads=heads)
 
 
 def test_options_of_other_formats_are_refused(tmp_path: Path) -> None:
     path = converted(tmp_path / "x.gguf", PAIRS)
-    with pytest.raises(AdapterFormatError, match="GGUF adapters have no names"):
+    with pytest.raises(AdapterFormatError, match="gguf's have no names"):
         load_adapter(path, name="x")
     with pytest.raises(UnsupportedAdapterError, match="Leave split= out"):
         load_adapter(path, split="q,v")

@@ -311,7 +311,7 @@ def test_configurations_that_mlx_could_not_use_are_refused(
 
 def test_options_of_other_formats_are_refused(tmp_path: Path) -> None:
     written(tmp_path, linear(), configuration())
-    with pytest.raises(AdapterFormatError, match="MLX adapters have no names"):
+    with pytest.raises(AdapterFormatError, match="mlx's have no names"):
         load_adapter(tmp_path / "adapters.safetensors", name="x")
     with pytest.raises(UnsupportedAdapterError, match="Leave split= out"):
         load_adapter(tmp_path, split="q,v")

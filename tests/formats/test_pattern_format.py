@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_analysis.adapter import Target
 from lora_analysis.base import load_base
 from lora_analysis.checkpoint import StateDict
-from lora_analysis.errors import AdapterFormatError, UndefinedUpdateError, UnsupportedAdapterError
+from lora_analysis.errors import AdapterFormatError, UndefinedUpdateError
 from lora_analysis.formats import load_adapter
 from lora_analysis.formats import pattern as by_pattern
 from lora_analysis.formats.pattern import parse_pattern
@@ -223,14 +223,6 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, case: str) -> None:
     with pytest.raises(AdapterFormatError, match=match) as caught:
         load_adapter(path, pattern=pattern)
     assert str(caught.value).startswith(str(path))
-
-
-def test_what_the_caller_says_of_other_formats_is_refused(tmp_path: Path) -> None:
-    path = written(tmp_path, factors())
-    with pytest.raises(UnsupportedAdapterError, match="split= has no meaning beside pattern="):
-        load_adapter(path, pattern=PLAIN, split="q,v")
-    with pytest.raises(UnsupportedAdapterError, match="name= has no meaning beside pattern="):
-        load_adapter(path, pattern=PLAIN, name="default")
 
 
 def test_templates_say_what_they_match() -> None:

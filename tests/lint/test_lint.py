@@ -20,7 +20,7 @@ from lora_analysis.base import load_base
 from lora_analysis.errors import AdapterFormatError
 from lora_analysis.formats import load_adapter
 from lora_analysis.lint import CODES, Finding, lint
-from lora_analysis.lint.numbers import looks_initial
+from lora_analysis.lint.initial import looks_initial
 from lora_analysis.update import DenseUpdate, LowRankUpdate
 
 PREFIX = "base_model.model."

@@ -219,3 +219,22 @@ def test_what_is_trained_beside_the_factors_is_listed() -> None:
         ("base_model.model.square.modules_to_save.default.bias", "modules_to_save"),
         ("base_model.model.square.modules_to_save.default.weight", "modules_to_save"),
     ]
+
+
+def test_a_number_called_scaling_in_the_base_is_no_scale() -> None:
+    """As the attention of transformers' Llama has it."""
+    net = Net()
+    net.mlp.scaling = 0.125
+    assert list(training.extract(adapted(net))) == list(training.extract(adapted()))
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+def test_a_live_layer_leaves_no_doubt_about_its_scale(tmp_path: Path) -> None:
+    """A file does: PEFT sorts the keys of a pattern when it saves."""
+    model = adapted(target_modules=["square"], alpha_pattern={"square": 5, "squar.": 7})
+    adapter = training.extract(model)
+    assert adapter.modules["square"].scale == 5 / 2
+    assert adapter.notes == ()
+    model.save_pretrained(tmp_path)
+    (note,) = load_adapter(tmp_path).notes
+    assert "2 keys of alpha_pattern match" in note

@@ -42,6 +42,7 @@ from lora_analysis.formats.diffusers.scaling import HEADER
 __all__ = ["NAME", "matches", "read"]
 
 NAME = "diffusers"
+TAKES = ("name",)
 
 
 def matches(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:

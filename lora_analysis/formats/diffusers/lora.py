@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
 from lora_analysis.formats.diffusers.names import Parts, parts_by_module
 from lora_analysis.formats.diffusers.scaling import Header, scale_of
 from lora_analysis.formats.ledger import unused_tensors
+from lora_analysis.formats.notes import first_of_each
 from lora_analysis.formats.options import ReadOptions
 from lora_analysis.formats.products import low_rank, true_update
 from lora_analysis.update import Update
@@ -27,11 +28,9 @@ _DORA = "dora-low-rank-part"
 _SIDE_TENSORS = (
     (r"\.lora_B(\.[^.]+)?\.bias$", "lora_bias: adds scale times it to the output, no part of ΔW"),
     (r"\.diff_b$", "diff_b: added to a bias, no part of ΔW"),
-    (r"\.(alpha|dora_scale)$", "beside no factors, no part of any update"),
+    (r"\.alpha$", "beside no factors, no part of any update"),
     (r"_custom_diffusion\.", "custom diffusion: a full tensor in place of the base's"),
-    (r"\.lora_(A|B|magnitude_vector)\.", "a factor of another adapter in the same file"),
 )
-_OTHER_KINDS = re.compile(r"\.(hada_|lokr_|oft_|boft_|ia3_l|lora_mid|lora_E|vera_lambda_)")
 _SLICE = re.compile(r"(?P<tensor>(?:.+\.)?single_blocks\.[0-9]+\.linear1)\.qkv\Z", re.DOTALL)
 """XLabs' update of the rows of q, k and v, which the weight of Flux's single blocks has before its MLP's."""
 
@@ -39,22 +38,14 @@ _SLICE = re.compile(r"(?P<tensor>(?:.+\.)?single_blocks\.[0-9]+\.linear1)\.qkv\Z
 def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions) -> Contents:
     """Describe every tensor of a LoRA file of diffusers' or its kin's."""
     where = options.where
-    if options.split is not None:
-        raise UnsupportedAdapterError(
-            f"{where}: split= names the slots of a loralib MergedLinear; a LoRA of diffusers' on a fused weight stays "
-            "one module as trained. Leave split= out."
-        )
-    if other := next((key for key in checkpoint if _OTHER_KINDS.search(key)), None):
-        raise UnsupportedAdapterError(
-            f"{where}: {other!r} is of another kind than LoRA and lies beside LoRA factors; such a file is not read."
-        )
     header = Header(checkpoint, options.alpha, where)
-    found = parts_by_module(checkpoint, options)
+    found, of_others = parts_by_module(checkpoint, options)
     modules: dict[str, Module] = {}
-    notes = header.notes
+    doubts: list[tuple[str, str]] = []
     for module, parts in found.items():
-        modules[module], doubts = _module(checkpoint, module, parts, header, options)
-        notes += doubts
+        modules[module], more = _module(checkpoint, module, parts, header, options)
+        doubts += more
+    notes = header.notes(modules) + first_of_each(doubts)
     rescaled = sum(_DORA in module.flags for module in modules.values())
     if rescaled:
         notes.append(
@@ -65,21 +56,16 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
         checkpoint,
         {key for parts in found.values() for key in parts.keys.values()},
         {stem for parts in found.values() for stem in parts.stems},
-        _reason,
+        partial(_reason, of_others=of_others),
         otherwise="a full tensor, no part of any update",
         where=where,
     )
-    for item in unused:
-        if item.tensor.endswith(".diff") and len(checkpoint.shape(item.tensor)) > 1:
-            raise UnsupportedAdapterError(
-                f"{where}: {item.tensor!r}: a full difference of a matrix beside LoRA factors, which is not read yet."
-            )
     return Contents(modules, unused, tuple(notes))
 
 
 def _module(
     checkpoint: Checkpoint, module: str, parts: Parts, header: Header, options: ReadOptions
-) -> tuple[Module, list[str]]:
+) -> tuple[Module, list[tuple[str, str]]]:
     where = options.where
     for part, other in (("down", "up"), ("up", "down")):
         if part not in parts.keys:
@@ -168,14 +154,16 @@ def _read_update(checkpoint: Checkpoint, keys: tuple[str, str], scale: float, de
 
 
 def _read_true_update(described: Module, magnitude: Callable[[], Tensor], axis: int, base: BaseWeights) -> Update:
-    weight = base.matrix(described.target, described.shape)
-    update = described.read()
-    return true_update(update, weight, magnitude(), axis=axis, kernel=described.target.kernel)
+    update, length = described.read(), magnitude()
+    weight = base.matrix(described.target, described.shape).to(length.device)
+    return true_update(update, weight, length, axis=axis, kernel=described.target.kernel)
 
 
 def _read_tensor(checkpoint: Checkpoint, key: str, device: torch.device) -> Tensor:
     return checkpoint[key].to(device)
 
 
-def _reason(key: str) -> str | None:
+def _reason(key: str, of_others: Container[str]) -> str | None:
+    if key in of_others:
+        return "a factor of another adapter in the same file"
     return next((reason for pattern, reason in _SIDE_TENSORS if re.search(pattern, key)), None)

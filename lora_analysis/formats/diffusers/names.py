@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from lora_analysis.checkpoint import Checkpoint
@@ -68,12 +68,18 @@ def is_diffusers(name: str) -> bool:
     return _DECISIVE.search(name) is not None or _DIFFUSION.match(name) is not None
 
 
-def parts_by_module(checkpoint: Checkpoint, options: ReadOptions) -> dict[str, Parts]:
-    """Module name to its tensors, of the one adapter asked for."""
-    adapter = _chosen(checkpoint, options)
+def parts_by_module(checkpoint: Checkpoint, options: ReadOptions) -> tuple[dict[str, Parts], set[str]]:
+    """Module name to its tensors, of the one adapter asked for; and the tensors of the others."""
+    parsed = list(_parsed(checkpoint))
+    adapter = _chosen(parsed, options)
+    nameless = any(named is None and part in ("down", "up") for _, part, _, named in parsed)
     found: dict[str, Parts] = {}
-    for key, part, stem, named in _parsed(checkpoint):
-        if named not in (None, adapter):
+    of_others: set[str] = set()
+    for key, part, stem, named in parsed:
+        # What has no name belongs to the one that has, unless there is one without; alphas belong to all.
+        shared = named is None and (part in ("alpha", "dora_scale") or not nameless)
+        if named != adapter and not shared:
+            of_others.add(key)
             continue
         module = module_name(stem)
         parts = found.setdefault(module, Parts())
@@ -84,7 +90,8 @@ def parts_by_module(checkpoint: Checkpoint, options: ReadOptions) -> dict[str, P
         parts.keys[part] = key
         parts.stems.add(stem)
         parts.embedding |= ".lora_embedding_" in key[len(stem) :]
-    return {module: parts for module, parts in found.items() if not parts.keys.keys().isdisjoint(("down", "up"))}
+    whole = {module: parts for module, parts in found.items() if not parts.keys.keys().isdisjoint(("down", "up"))}
+    return whole, of_others
 
 
 def _parsed(checkpoint: Checkpoint) -> Iterator[tuple[str, str, str, str | None]]:
@@ -110,9 +117,9 @@ def _parsed(checkpoint: Checkpoint) -> Iterator[tuple[str, str, str, str | None]
         yield key, part, stem, adapter
 
 
-def _chosen(checkpoint: Checkpoint, options: ReadOptions) -> str | None:
+def _chosen(parsed: Iterable[tuple[str, str, str, str | None]], options: ReadOptions) -> str | None:
     """The name of the adapter asked for, of those in the file."""
-    names = dict.fromkeys(named for _, part, _, named in _parsed(checkpoint) if part in ("down", "up"))
+    names = dict.fromkeys(named for _, part, _, named in parsed if part in ("down", "up"))
     if options.name in names:
         return options.name
     held = ", ".join("one without a name" if name is None else repr(name) for name in names)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_analysis.adapter import ScaleSource
 from lora_analysis.checkpoint import Checkpoint
-from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
+from lora_analysis.errors import AdapterFormatError, MutatedBaseError, UnsupportedAdapterError
 from lora_analysis.formats.options import MAX_ALPHA
 from lora_analysis.formats.peft.configuration import Scaling, flag, shown
 
@@ -40,14 +40,22 @@ class Header:
             _refuse_other_mathematics(fields, component, where)
             self._scalings[component] = Scaling(fields, alpha, where)
 
-    @property
-    def notes(self) -> list[str]:
-        """What the header leaves open."""
-        return [
+    def notes(self, modules: Collection[str]) -> list[str]:
+        """What the header leaves open, and what it says of components that no module is in."""
+        notes = [
             f"{HEADER}{f' of {shown(component)}' if component else ''}: {note}"
             for component, scaling in self._scalings.items()
             for note in scaling.notes
         ]
+        found = {module.partition(".")[0] for module in modules}
+        without = [module for module in modules if self.of(module)[0] is None]
+        if without and (stray := [name for name in self._scalings if name not in found]):
+            notes.append(
+                f"{HEADER} speaks of {', '.join(map(repr, stray))}, which no module is in, and not of {len(without)} "
+                f"modules here (first: {without[0]!r}): where they have no alpha of their own, alpha is r, the "
+                "default of the format. Pass alpha= if it was another."
+            )
+        return notes
 
     def of(self, module: str) -> tuple[Scaling | None, str]:
         """What the header says of the component that a module is in, and the module's name within it."""
@@ -65,26 +73,25 @@ class Header:
 
 def scale_of(
     module: str, r: int, alpha_key: str | None, checkpoint: Checkpoint, header: Header, alpha: float | None, where: str
-) -> tuple[tuple[float, ScaleSource], list[str]]:
-    """The scale of a module and where it comes from; where the file disagrees with itself about it."""
+) -> tuple[tuple[float, ScaleSource], list[tuple[str, str]]]:
+    """The scale of a module and where it comes from; where the file disagrees with itself about it, by kind."""
     scaling, path = header.of(module)
-    notes: list[str] = []
+    notes: list[tuple[str, str]] = []
     stored: tuple[float, ScaleSource] | None = None
     if scaling is not None:
         scale, source = scaling.scale(path, r)
         stored = scale, "header" if source == "config" else source
         declared = scaling.declared_r(path)
         if declared is not None and declared != r:
-            notes.append(f"{shown(module)}: the header says r={declared}, the tensors have r={r}; they win.")
-        notes += [f"the header, {doubt}" for doubt in scaling.doubts(path)]
+            notes.append(("r", f"{shown(module)}: the header says r={declared}, the tensors have r={r}; they win."))
+        notes += [("pattern", f"{HEADER}: {doubt}") for doubt in scaling.doubts(path)]
     if alpha is not None:
         return stored or (alpha / r, "caller"), notes
     if alpha_key is not None:
         own = stored_alpha(checkpoint, alpha_key, where) / (math.sqrt(r) if header.says("use_rslora", module) else r)
         if stored is not None and not math.isclose(own, stored[0], rel_tol=1e-3):
-            notes.append(
-                f"{shown(module)}: its alpha tensor gives scale {own:g}, the header {stored[0]:g}; the tensor wins."
-            )
+            text = f"{shown(module)}: its alpha tensor gives scale {own:g}, the header {stored[0]:g}; the tensor wins."
+            notes.append(("alpha", text))
         return (own, "tensor"), notes
     return stored or (1.0, "format default"), notes
 
@@ -129,7 +136,7 @@ def _by_component(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         component, _, field = name.partition(".")
         if field:
             components.setdefault(component, {})[field] = value
-        elif isinstance(value, dict):  # some writers nest
+        elif isinstance(value, dict) and value:  # some writers nest
             components.setdefault(component, {}).update(value)
     return components
 
@@ -139,7 +146,7 @@ def _refuse_other_mathematics(fields: Mapping[str, Any], component: str, where: 
     of = f" of {component!r}" if component else ""
     initial = fields.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower() not in _LEAVES_BASE:
-        raise UnsupportedAdapterError(
+        raise MutatedBaseError(
             f"{where}: {HEADER}{of}: initialised by {initial!r}, which may have moved the base: the update is then "
             "s·(B·A - B0·A0), and the file does not hold B0 and A0. Save it converted to LoRA."
         )

@@ -9,9 +9,8 @@ for dots; ``base=`` resolves it (``formats.underscored``), else it stays verbati
 saves the same tensors. A fused weight trained with ``split_qkv`` comes apart into its blocks (``kohya.split_qkv``).
 A Control-LoRA, marked ``lora_controlnet``, holds bare ``up`` and ``down`` of scale 1 beside full tensors.
 
-A module may hold LyCORIS' tensors instead, which the same reader reads (``kohya.algorithms``). Numbers of one byte
-(fp8) are turned to float32, exactly. Facts from sd-scripts' ``networks/lora.py``, ``lora_flux.py``, ``dylora.py``,
-``loha.py`` and ``lokr.py``.
+A module may hold LyCORIS' tensors instead, which the same reader reads (``kohya.algorithms``). Facts from sd-scripts'
+``networks/lora.py``, ``lora_flux.py``, ``dylora.py``, ``loha.py`` and ``lokr.py``.
 """
 
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from lora_analysis.formats.kohya.stems import CONTROL_LORA, FACTORS
 __all__ = ["NAME", "matches", "read"]
 
 NAME = "kohya"
+TAKES = ()
 
 
 def matches(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.errors import AdapterFormatError
 from lora_analysis.formats.kohya.stems import FULL, LOCON, LOHA, LOKR
 from lora_analysis.formats.products import hadamard, kronecker, low_rank
-from lora_analysis.update import DenseUpdate, KroneckerUpdate, LowRankUpdate, Update, rounding_error
+from lora_analysis.update import DenseUpdate, Update
 
 Shape = tuple[int, ...]
 Tensors = Mapping[str, Tensor]
@@ -98,25 +98,7 @@ def described(checkpoint: Checkpoint, stem: str, names: list[str], where: str) -
 
 def read_update(checkpoint: Checkpoint, stem: str, product: Product, scale: float, device: torch.device) -> Update:
     """A module's update, its tensors read now."""
-    tensors = {name: checkpoint[f"{stem}.{name}"].to(device) for name in product.parts}
-    coarsest = max((tensor.dtype for tensor in tensors.values()), key=lambda dtype: torch.finfo(dtype).eps)
-    if coarsest.itemsize > 1:
-        return product.build(tensors, scale)
-    # torch computes little with numbers of one byte. float32 holds them exactly; they are known as coarsely as before.
-    widened = {name: tensor.float() if tensor.dtype.itemsize == 1 else tensor for name, tensor in tensors.items()}
-    return _known_to(product.build(widened, scale), rounding_error(coarsest))
-
-
-def _known_to(update: Update, eps: float) -> Update:
-    """The update with a rounding error of its stored numbers, unless it is unknown."""
-    if isinstance(update, KroneckerUpdate):
-        left, right = (_side_known_to(side, eps) for side in (update.left, update.right))
-        return KroneckerUpdate(left, right, update.scale, update.declared_r)
-    return _side_known_to(update, eps) if isinstance(update, LowRankUpdate | DenseUpdate) else update
-
-
-def _side_known_to(side: LowRankUpdate | DenseUpdate, eps: float) -> LowRankUpdate | DenseUpdate:
-    return side if math.isnan(side.eps) else replace(side, stored_eps=eps)
+    return product.build({name: checkpoint[f"{stem}.{name}"].to(device) for name in product.parts}, scale)
 
 
 def _locon(shapes: Mapping[str, Shape], where: str) -> Product:

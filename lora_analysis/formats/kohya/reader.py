@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_analysis.adapter import Contents, Module, Target
 from lora_analysis.base import BaseWeights
 from lora_analysis.checkpoint import Checkpoint
-from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
+from lora_analysis.errors import AdapterFormatError
 from lora_analysis.formats.kohya.algorithms import Product, described, read_update
 from lora_analysis.formats.kohya.scaling import header_notes, require_folded_scalar, scale_of
 from lora_analysis.formats.kohya.split_qkv import Block, blocks_of, read_block
@@ -28,7 +28,6 @@ from lora_analysis.update import LowRankUpdate, Update
 def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions) -> Contents:
     """Describe every tensor of a kohya or LyCORIS file."""
     where = options.where
-    _refuse_options(options)
     parts = parts_by_stem(checkpoint)
     refuse_other_mathematics(parts, where)
     products: dict[str, Product] = {}
@@ -51,7 +50,8 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
         tensors = tuple(dict.fromkeys(f"{stem}.{name}" for name in (*product.parts, *parts[stem])))
         module = _whole(checkpoint, stem, product, tensors, found.get(stem), options)
         name = found[stem].module if stem in found else stem
-        blocks = blocks_of(checkpoint, stem, product)
+        # Magnitudes belong to rows of the whole weight.
+        blocks = () if module.magnitude is not None else blocks_of(checkpoint, stem, product)
         split += bool(blocks)
         for block in blocks:
             _add(modules, f"{name}.{block.name}", _block(module, block), where)
@@ -77,23 +77,6 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
         *_alpha_notes(products, options),
     ]
     return Contents(modules, unused, tuple(notes))
-
-
-def _refuse_options(options: ReadOptions) -> None:
-    if options.name is not None:
-        raise AdapterFormatError(
-            f"{options.where}: expected an adapter named {options.name!r}; kohya's and LyCORIS' have no names."
-        )
-    if options.split is not None:
-        raise UnsupportedAdapterError(
-            f"{options.where}: split= names the slots of a loralib MergedLinear; blocks that kohya trained apart are "
-            "found without it. Leave split= out."
-        )
-    if options.initial is not None:
-        raise UnsupportedAdapterError(
-            f"{options.where}: initial= is for factors that were subtracted from the base, which kohya and LyCORIS do "
-            "not do. Leave initial= out."
-        )
 
 
 def _whole(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_analysis.checkpoint import Checkpoint
+from lora_analysis.checkpoint.protocol import rows
 from lora_analysis.formats.kohya.algorithms import Product
 from lora_analysis.update import LowRankUpdate, factors
 
@@ -45,19 +46,22 @@ def blocks_of(checkpoint: Checkpoint, stem: str, product: Product) -> tuple[Bloc
     layouts = [heights for heights in _layouts(match["kind"], *product.shape) if product.r % len(heights) == 0]
     if not layouts:
         return ()
-    nonzero = (checkpoint[f"{stem}.lora_up.weight"].float() != 0).flatten(1)
-    for heights in layouts:
-        blocks = _blocks(heights, product.r // len(heights))
-        if _only_in(nonzero, blocks):
-            return blocks
-    return ()
+    key = f"{stem}.lora_up.weight"
+    candidates = [_blocks(heights, product.r // len(heights)) for heights in layouts]
+    # The last row alone, which is zero but in the last block, tells most of those that were trained as one.
+    last = rows(checkpoint, key, product.shape[0] - 1, product.shape[0]).float().flatten()
+    candidates = [blocks for blocks in candidates if not last[: blocks[-1].ranks[0]].any()]
+    if not candidates:
+        return ()
+    nonzero = (checkpoint[key].float() != 0).flatten(1)
+    return next((blocks for blocks in candidates if _only_in(nonzero, blocks)), ())
 
 
 def read_block(update: LowRankUpdate, block: Block) -> LowRankUpdate:
     """One block out of a whole module's update."""
     up, down = factors(update)
-    rows, ranks = slice(*block.rows), slice(*block.ranks)
-    return LowRankUpdate(up[rows, ranks], down[ranks], update.scale, update.stored_eps)
+    ranks = slice(*block.ranks)
+    return LowRankUpdate(up[slice(*block.rows), ranks], down[ranks], update.scale, update.stored_eps)
 
 
 def _layouts(kind: str, d_out: int, d_in: int) -> list[tuple[int, ...]]:
@@ -71,10 +75,10 @@ def _layouts(kind: str, d_out: int, d_in: int) -> list[tuple[int, ...]]:
 
 
 def _blocks(heights: tuple[int, ...], r: int) -> tuple[Block, ...]:
-    rows = pairwise(accumulate(heights, initial=0))
+    bounds = pairwise(accumulate(heights, initial=0))
     return tuple(
-        Block(name, bounds, (number * r, (number + 1) * r))
-        for number, (name, bounds) in enumerate(zip(_NAMES, rows, strict=False))
+        Block(name, between, (number * r, (number + 1) * r))
+        for number, (name, between) in enumerate(zip(_NAMES, bounds, strict=False))
     )
 
 

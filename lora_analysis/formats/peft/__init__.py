@@ -26,6 +26,7 @@ from lora_analysis.formats.unread import PEFT_TYPES
 __all__ = ["NAME", "matches", "read"]
 
 NAME = "peft"
+TAKES = ("config", "name", "split", "initial", "heads")
 
 _READERS = {
     "LORA": lora.read,

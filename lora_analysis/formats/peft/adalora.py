@@ -25,15 +25,17 @@ import torch
 from lora_analysis.adapter import Contents, Module, ScaleSource, Target
 from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
+from lora_analysis.formats.notes import first_of_each
 from lora_analysis.formats.options import ReadOptions
 from lora_analysis.formats.peft.configuration import (
     DEFAULT_ALPHA,
+    Remark,
+    about,
     flag,
     integer,
     number,
     require_types,
     short,
-    shown,
 )
 from lora_analysis.formats.peft.fields import READ, REFUSED, WITHOUT_EFFECT
 from lora_analysis.formats.peft.names import module_name
@@ -71,29 +73,26 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
     stored = base_shapes(options.base, found)
     modules: dict[str, Module] = {}
     notes = [*unknown, *_notes(config, kept, found)]
+    remarks: list[Remark] = []
     unscaled = False
     for module, parts in found.items():
         require_parts(where, module, parts, "lora_A", "lora_E", "lora_B")
         d_out, r, d_in = _sizes(checkpoint, module, parts, where)
         ranknum = _ranknum(checkpoint, parts, where)
         if ranknum is not None and init_r is not None and ranknum != init_r and r > 0:
-            notes.append(f"{shown(module)}: init_r is {init_r}, the tensor ranknum says {ranknum:g}; it wins.")
+            remarks.append(about(module, f"init_r is {init_r}, the tensor ranknum says {ranknum:g}; it wins."))
         if module in kept and sum(kept[module]) != r != len(kept[module]):
-            notes.append(
-                f"{shown(module)}: rank_pattern keeps {sum(kept[module])} of {len(kept[module])} rows, the tensors "
-                f"have r={r}; they win."
-            )
+            rows = f"{sum(kept[module])} of {len(kept[module])} rows"
+            remarks.append(about(module, f"rank_pattern keeps {rows}, the tensors have r={r}; they win."))
         if r == 0:
-            notes.append(f"{shown(module)}: r=0, pruned to an update of zero; its scale is given as 0.")
+            remarks.append(about(module, "r=0, pruned to an update of zero; its scale is given as 0."))
         alpha, source = _alpha(config, options.alpha, where)
         divisor = init_r if ranknum is None else ranknum
         scale, source = _scale(alpha, source, r, divisor)
         unscaled |= options.alpha is not None and math.isnan(scale)
         if alpha <= 0 and divisor is not None and r < divisor:
-            notes.append(
-                f"{shown(module)}: lora_alpha is not positive, so r takes its place: {r} here and when PEFT loads it, "
-                f"{divisor:g} in training."
-            )
+            text = f"{r} here and when PEFT loads it, {divisor:g} in training."
+            remarks.append(about(module, f"lora_alpha is not positive, so r takes its place: {text}"))
         keys = tuple(parts[name] for name in ("lora_A", "lora_E", "lora_B"))
         modules[module] = Module(
             shape=(d_out, d_in),
@@ -110,6 +109,7 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
             "unknown. Put adapter_config.json beside the file."
         )
     used = {key for module in modules.values() for key in module.tensors}
+    notes += first_of_each(remarks)
     return Contents(modules, others(checkpoint, used, _PARTS, config, where), tuple(notes))
 
 

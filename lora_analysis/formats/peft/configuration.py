@@ -10,9 +10,12 @@ from typing import Any
 from lora_analysis.adapter import ScaleSource
 from lora_analysis.errors import AdapterFormatError
 from lora_analysis.formats.options import MAX_ALPHA
-from lora_analysis.formats.patterns import pattern_regex
+from lora_analysis.formats.patterns import PatternKeys
 
 DEFAULT_ALPHA = 8
+
+Remark = tuple[str, str]
+"""Kind and text of a note, for ``formats.notes.first_of_each``."""
 
 
 class Scaling:
@@ -26,22 +29,19 @@ class Scaling:
         self._alpha = config.get("lora_alpha")
         if self._alpha is not None:
             self._alpha = number(self._alpha, "lora_alpha", where)
-        # Compiled once: a thousand keys against a thousand modules would outgrow the cache of re.
-        self._ranks = [
-            (regex, integer(value, f"rank_pattern[{key!r}]", where))
-            for key, regex, value in patterns(config, "rank_pattern", where)
-        ]
-        self._alphas = [
-            (regex, key, number(value, f"alpha_pattern[{key!r}]", where))
-            for key, regex, value in patterns(config, "alpha_pattern", where)
-        ]
+        ranks, alphas = (_pattern(config, name, where) for name in ("rank_pattern", "alpha_pattern"))
+        self._ranks = [integer(value, f"rank_pattern[{key!r}]", where) for key, value in ranks.items()]
+        self._alphas = [(key, number(value, f"alpha_pattern[{key!r}]", where)) for key, value in alphas.items()]
+        self._rank_keys = _keys(ranks, "rank_pattern", where)
+        self._alpha_keys = _keys(alphas, "alpha_pattern", where)
         self.notes: list[str] = []
         if config and self._alpha is None and alpha is None:
             self.notes.append(f"the configuration holds no lora_alpha; PEFT's default, {DEFAULT_ALPHA}, applies.")
 
     def declared_r(self, module: str) -> int | None:
         """The r that the configuration gives a module."""
-        return next((r for regex, r in self._ranks if regex.match(module)), self._r)
+        matching = self._rank_keys.matching(module)
+        return self._ranks[matching[0]] if matching else self._r
 
     def scale(self, module: str, r: int) -> tuple[float, ScaleSource]:
         """The scale of a module whose tensors have this r, and its source."""
@@ -54,7 +54,7 @@ class Scaling:
 
     def doubts(self, module: str) -> list[str]:
         """What the file leaves open: PEFT sorts patterns when it saves, so the order of training is lost."""
-        matching = [(key, alpha) for regex, key, alpha in self._alphas if regex.match(module)]
+        matching = [self._alphas[index] for index in self._alpha_keys.matching(module)]
         others = [key for key, alpha in matching if alpha != matching[0][1]]
         if self._caller is not None or not others:
             return []
@@ -68,23 +68,27 @@ class Scaling:
             return self._caller, "caller"
         if not self._known:
             return math.nan, "unknown"
-        found = next((alpha for regex, _, alpha in self._alphas if regex.match(module)), None)
-        if found is not None:
-            return found, "config"
+        matching = self._alpha_keys.matching(module)
+        if matching:
+            return self._alphas[matching[0]][1], "config"
         if self._alpha is None:
             return float(DEFAULT_ALPHA), "format default"
         return self._alpha, "config"
 
 
-def patterns(config: Mapping[str, Any], name: str, where: str) -> list[tuple[str, re.Pattern[str], Any]]:
-    """Keys, compiled keys and values of ``rank_pattern`` or ``alpha_pattern``."""
+def _pattern(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """``rank_pattern`` or ``alpha_pattern``."""
     found = config.get(name) or {}
     if not isinstance(found, dict):
         raise AdapterFormatError(f"{where}: {name}: expected an object, got {type(found).__name__}.")
-    compiled: list[tuple[str, re.Pattern[str], Any]] = []
-    for key, value in found.items():
+    return found
+
+
+def _keys(pattern: Mapping[str, Any], name: str, where: str) -> PatternKeys:
+    keys = PatternKeys()
+    for key in pattern:
         try:
-            compiled.append((key, pattern_regex(key), value))
+            keys.append(key)
         except ValueError as error:
             raise AdapterFormatError(
                 f"{where}: {name}: expected keys that are matched quickly, got {short(key)} ({error}). "
@@ -94,7 +98,7 @@ def patterns(config: Mapping[str, Any], name: str, where: str) -> list[tuple[str
             raise AdapterFormatError(
                 f"{where}: {name}: expected regular expressions, got {short(key)} ({error})."
             ) from error
-    return compiled
+    return keys
 
 
 def number(value: Any, name: str, where: str) -> float:
@@ -132,6 +136,18 @@ def short(value: object) -> str:
 def shown(name: str) -> str:
     """A name as it may appear in a note."""
     return name if name.isprintable() else repr(name)
+
+
+def about(name: str, text: str) -> Remark:
+    """A remark on one module, of a kind with those that say the same of others."""
+    return text, f"{shown(name)}: {text}"
+
+
+def disagreement_on_r(module: str, declared: int | None, r: int) -> list[Remark]:
+    """A remark where the configuration gives a module another r than its tensors have."""
+    if declared in (None, r):
+        return []
+    return [about(module, f"the configuration says r={declared}, the tensors have r={r}; they win.")]
 
 
 def flag(config: Mapping[str, Any], name: str, where: str) -> bool:

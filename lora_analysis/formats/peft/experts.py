@@ -18,6 +18,7 @@ Facts from PEFT's ``tuners/lora/layer.py`` (``ParamWrapper``) and ``tuners/tuner
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ from lora_analysis.base import BaseWeights
 from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.errors import AdapterFormatError, AmbiguousAdapterError
 from lora_analysis.formats.options import ReadOptions
-from lora_analysis.formats.peft.configuration import Scaling, short, shown
+from lora_analysis.formats.patterns import pattern_regex
+from lora_analysis.formats.peft.configuration import Remark, Scaling, about, disagreement_on_r, short
 from lora_analysis.formats.peft.factors import Expert
 from lora_analysis.formats.peft.layouts import Assignment, Layout, Level, assigned, base_shapes, layouts, peft_version
 from lora_analysis.formats.peft.names import Layer
@@ -153,10 +155,10 @@ def places(
         lying = layouts(levels, assignment, shapes, version)
     for level, path, layout in zip(levels, assignment.paths, lying, strict=True):
         stored = shapes.get(path)
-        r, count, notes = _r_and_count(level, path, stored, scaling, where)
+        r, count, remarks = _r_and_count(level, path, stored, scaling, where)
         if count > 1 or (stored is not None and len(stored) == 3):
             doubts = (*assignment.doubts, *_doubts(path, level, layout, config))
-            yield from _experts(level, path, r, count, layout, (*notes, *doubts), bool(doubts))
+            yield from _experts(level, path, r, count, layout, (*remarks, *doubts), bool(doubts))
         else:
             yield Place(
                 name=path.removesuffix(".weight"),
@@ -166,7 +168,7 @@ def places(
                 r=r,
                 target=Target(path),
                 flags=(AMBIGUOUS,) if assignment.doubts else (),
-                notes=assignment.doubts,
+                remarks=assignment.doubts,
             )
 
 
@@ -188,13 +190,23 @@ def _owns(
         return bool(base_shapes(candidates(owner, fitting), base))
     if any("." in target for target in fitting):
         return True
-    # A target without a module, "gate_up_proj", may be a parameter of any. What target_modules lists is a module,
-    # and what a regular expression there finds has its r and no more rows.
+    # A target without a module, "gate_up_proj", may be a parameter of any; what target_modules names is a module.
     modules = config.get("target_modules")
-    listed = modules if isinstance(modules, list) else []
-    if any(isinstance(name, str) and (owner == name or owner.endswith(f".{name}")) for name in listed):
-        return False
-    return not isinstance(modules, str) or shape[0] != (scaling.declared_r(owner) or _DEFAULT_R)
+    if modules != "all-linear":
+        return not _targeted(owner, modules)
+    # Which has its r and no more rows.
+    return shape[0] != (scaling.declared_r(owner) or _DEFAULT_R)
+
+
+def _targeted(module: str, targets: object) -> bool:
+    """Whether ``target_modules``, a regular expression for the whole name or a list of ends of names, has a module."""
+    if isinstance(targets, str):
+        try:
+            return pattern_regex(f"^(?:{targets})").match(module) is not None
+        except (ValueError, re.error, RecursionError, OverflowError):  # dangerous, or none at all
+            return False
+    names = targets if isinstance(targets, list) else []
+    return any(isinstance(name, str) and (module == name or module.endswith(f".{name}")) for name in names)
 
 
 def _level(checkpoint: Checkpoint, layer: Layer, where: str) -> Level:
@@ -213,7 +225,7 @@ def _r_and_count(
     stored: tuple[int, ...] | None,
     scaling: Scaling,
     where: str,
-) -> tuple[int, int, tuple[str, ...]]:
+) -> tuple[int, int, list[Remark]]:
     """R of one expert, and how many experts there are: by the base, else by the configuration's r."""
     declared = scaling.declared_r(path) or _DEFAULT_R
     if stored is None:
@@ -222,34 +234,33 @@ def _r_and_count(
                 f"{where}: {path!r}: expected lora_A with r·E rows, r={declared} by the configuration, got "
                 f"{level.rows}. Pass base=, which tells the number of experts E."
             )
-        return declared, level.rows // declared, ()
+        return declared, level.rows // declared, []
     count = stored[0] if len(stored) == 3 else 1
     r = level.rows // count
-    if r == declared:
-        return r, count, ()
-    note = f"{shown(path)}: the configuration says r={declared}, the tensors have r={r}; they win."
-    return r, count, (note,)
+    return r, count, disagreement_on_r(path, declared, r)
 
 
-def _doubts(path: str, level: Level, layout: Layout, config: Mapping[str, Any]) -> Iterator[str]:
+def _doubts(path: str, level: Level, layout: Layout, config: Mapping[str, Any]) -> Iterator[Remark]:
     if layout.reads_inputs is None:
-        yield (
-            f"{shown(path)}: PEFT before 0.19 may have written the side of outputs into A, and nothing here says which "
-            "version did or which way the parameter is stored: U and V may have to be exchanged."
+        yield about(
+            path,
+            "PEFT before 0.19 may have written the side of outputs into A, and nothing here says which version did or "
+            "which way the parameter is stored: U and V may have to be exchanged.",
         )
     if layout.product_transposed is None and level.a == level.b:
-        yield (
-            f"{shown(path)}: square, and nothing says which way the base stores it: taken as (experts, out, in), the "
-            "rule where a module does not say is_transposed."
+        yield about(
+            path,
+            "square, and nothing says which way the base stores it: taken as (experts, out, in), the rule where a "
+            "module does not say is_transposed.",
         )
     mapping = config.get("auto_mapping")
     makers = [str(config.get("base_model_name_or_path")), *(mapping if isinstance(mapping, dict) else ())]
     if any("unsloth" in maker.lower() for maker in makers):
-        yield f"{shown(path)}: Unsloth for a time wrote B with the expert slowest; read by PEFT's rule, expert fastest."
+        yield about(path, "Unsloth for a time wrote B with the expert slowest; read by PEFT's rule, expert fastest.")
 
 
 def _experts(
-    level: Level, path: str, r: int, count: int, layout: Layout, notes: tuple[str, ...], doubtful: bool
+    level: Level, path: str, r: int, count: int, layout: Layout, remarks: tuple[Remark, ...], doubtful: bool
 ) -> Iterator[Place]:
     turned = layout.reads_inputs is False
     transposed = bool(layout.product_transposed) != turned
@@ -264,5 +275,5 @@ def _experts(
             target=Target(path, transposed=transposed, expert=index),
             expert=Expert(index, count, r, turned),
             flags=(AMBIGUOUS,) if doubtful else (),
-            notes=notes if index == 0 else (),
+            remarks=remarks if index == 0 else (),
         )

@@ -20,8 +20,9 @@ import torch
 from lora_analysis.adapter import Contents, Module, Target
 from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.errors import AdapterFormatError
+from lora_analysis.formats.notes import first_of_each
 from lora_analysis.formats.options import ReadOptions
-from lora_analysis.formats.peft.configuration import require_types, shown
+from lora_analysis.formats.peft.configuration import Remark, disagreement_on_r, require_types
 from lora_analysis.formats.peft.lycoris_scaling import LYCORIS_FIELDS, lycoris_scaling
 from lora_analysis.formats.peft.parts import Parts, base_shapes, grouped, kernel, others, require_fields, require_parts
 from lora_analysis.formats.products import hadamard
@@ -40,14 +41,12 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
     found = grouped(checkpoint, (*_FACTORS, *_CORES), options)
     stored = base_shapes(options.base, found)
     modules: dict[str, Module] = {}
-    notes = [*unknown, *scaling.notes]
+    remarks: list[Remark] = []
     for module, parts in found.items():
         shape, r, taps = _layout(checkpoint, module, parts, where)
-        declared = scaling.declared_r(module)
-        if declared is not None and declared != r:
-            notes.append(f"{shown(module)}: the configuration says r={declared}, the tensors have r={r}; they win.")
+        remarks += disagreement_on_r(module, scaling.declared_r(module), r)
+        remarks += [("alpha_pattern", doubt) for doubt in scaling.doubts(module)]
         scale, source = scaling.scale(module, r)
-        notes.extend(scaling.doubts(module))
         keys = tuple(parts[name] for name in (*_FACTORS, *(_CORES if taps else ())))
         modules[module] = Module(
             shape=shape,
@@ -59,7 +58,8 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
             read=partial(_read_update, checkpoint, keys, scale, r, options.device),
         )
     used = {key for module in modules.values() for key in module.tensors}
-    return Contents(modules, others(checkpoint, used, (*_FACTORS, *_CORES), config, where), tuple(notes))
+    notes = (*unknown, *scaling.notes, *first_of_each(remarks))
+    return Contents(modules, others(checkpoint, used, (*_FACTORS, *_CORES), config, where), notes)
 
 
 def _layout(

@@ -17,7 +17,7 @@ from typing import Any
 from lora_analysis.adapter import Adapter
 from lora_analysis.errors import AdapterFormatError, MutatedBaseError, UnsupportedAdapterError
 from lora_analysis.formats.options import ReadOptions
-from lora_analysis.formats.peft.configuration import short, shown
+from lora_analysis.formats.peft.configuration import Remark, about, short, shown
 from lora_analysis.formats.peft.places import Place
 from lora_analysis.update import LowRankUpdate
 
@@ -90,8 +90,8 @@ def require_agreement(initial: Adapter, places: Mapping[str, Place], where: str)
         )
 
 
-def compared_scales(initial: float, scale: float, module: str, where: str) -> list[str]:
-    """A note where the initial factors have another scale than the trained ones: one training has one.
+def compared_scales(initial: float, scale: float, module: str, where: str) -> list[Remark]:
+    """A remark where the initial factors have another scale than the trained ones: one training has one.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def compared_scales(initial: float, scale: float, module: str, where: str) -> li
         raise UnsupportedAdapterError(
             f"{where}: {module!r}: expected a scale other than 0 beside the initial factors' {initial:g}, got 0."
         )
-    return [f"{shown(module)}: the scale is {scale:g}, that of the initial factors {initial:g}; each keeps its own."]
+    return [about(module, f"the scale is {scale:g}, that of the initial factors {initial:g}; each keeps its own.")]
 
 
 def initial_update(initial: Adapter, module: str, where: str) -> partial[LowRankUpdate]:

@@ -27,8 +27,9 @@ import torch
 from lora_analysis.adapter import Contents, Module, ScaleSource, Target
 from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.errors import AdapterFormatError
+from lora_analysis.formats.notes import first_of_each
 from lora_analysis.formats.options import ReadOptions
-from lora_analysis.formats.peft.configuration import Scaling, require_types, shown
+from lora_analysis.formats.peft.configuration import Remark, Scaling, about, disagreement_on_r, require_types
 from lora_analysis.formats.peft.lycoris_scaling import LYCORIS_FIELDS, lycoris_scaling
 from lora_analysis.formats.peft.parts import Parts, base_shapes, grouped, kernel, others, require_fields
 from lora_analysis.formats.products import kronecker
@@ -70,17 +71,18 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
     found = grouped(checkpoint, _NAMES, options)
     stored = base_shapes(options.base, found)
     modules: dict[str, Module] = {}
-    notes = [*unknown, *scaling.notes]
+    remarks: list[Remark] = []
     for module, parts in found.items():
         sides = _sides(checkpoint, module, parts, where)
         r, scale, source, doubts = _scale(scaling, module, sides, bool(config))
-        notes.extend([*doubts, *scaling.doubts(module)])
+        remarks += [*doubts, *(("alpha_pattern", doubt) for doubt in scaling.doubts(module))]
         swapped = len(sides.kernel) == 1
         if swapped:
-            notes.append(
-                f"{shown(module)}: a full lokr_w2 on a Conv1d, which PEFT multiplies the other way round; the update "
-                "is what PEFT computes, and no Kronecker product."
+            text = (
+                "a full lokr_w2 on a Conv1d, which PEFT multiplies the other way round; the update is what PEFT "
+                "computes, and no Kronecker product."
             )
+            remarks.append(about(module, text))
         modules[module] = Module(
             shape=sides.shape,
             r=r,
@@ -91,7 +93,8 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
             read=partial(_read_swapped if swapped else _read_update, checkpoint, sides.keys, scale, r, options.device),
         )
     used = {key for module in modules.values() for key in module.tensors}
-    return Contents(modules, others(checkpoint, used, _NAMES, config, where), tuple(notes))
+    notes = (*unknown, *scaling.notes, *first_of_each(remarks))
+    return Contents(modules, others(checkpoint, used, _NAMES, config, where), notes)
 
 
 def _sides(checkpoint: Checkpoint, module: str, parts: Parts, where: str) -> _Sides:
@@ -132,26 +135,22 @@ def _side(
 
 def _scale(
     scaling: Scaling, module: str, sides: _Sides, configured: bool
-) -> tuple[int, float, ScaleSource, tuple[str, ...]]:
-    """(r, scale, its source, notes)."""
+) -> tuple[int, float, ScaleSource, list[Remark]]:
+    """(r, scale, its source, remarks)."""
     declared = scaling.declared_r(module)
     if sides.r is not None:
-        scale, source = scaling.scale(module, sides.r)
-        if declared in (None, sides.r):
-            return sides.r, scale, source, ()
-        note = f"{shown(module)}: the configuration says r={declared}, the tensors have r={sides.r}; they win."
-        return sides.r, scale, source, (note,)
+        return sides.r, *scaling.scale(module, sides.r), disagreement_on_r(module, declared, sides.r)
     if declared is not None:
-        return declared, *scaling.scale(module, declared), ()
+        return declared, *scaling.scale(module, declared), []
     if configured:
         scale, source = scaling.scale(module, DEFAULT_R)
-        note = f"{shown(module)}: w1 and w2 are full and the configuration holds no r; PEFT's default, {DEFAULT_R}, "
-        return DEFAULT_R, scale, source if source == "caller" else "format default", (note + "applies.",)
-    note = (
-        f"{shown(module)}: w1 and w2 are full, so that the r that alpha is divided by is in adapter_config.json only: "
-        "the scale is unknown. Put it beside the file."
+        text = f"w1 and w2 are full and the configuration holds no r; PEFT's default, {DEFAULT_R}, applies."
+        return DEFAULT_R, scale, source if source == "caller" else "format default", [about(module, text)]
+    text = (
+        "w1 and w2 are full, so that the r that alpha is divided by is in adapter_config.json only: the scale is "
+        "unknown. Put it beside the file."
     )
-    return min(sides.left) * min(sides.right), math.nan, "unknown", (note,)
+    return min(sides.left) * min(sides.right), math.nan, "unknown", [about(module, text)]
 
 
 def _read_update(

@@ -8,8 +8,8 @@ from itertools import permutations
 from typing import Any, NamedTuple
 
 from lora_analysis.base import BaseWeights
-from lora_analysis.errors import AdapterFormatError, BaseWeightsError, UnsupportedAdapterError
-from lora_analysis.formats.peft.configuration import shown
+from lora_analysis.errors import AdapterFormatError, AmbiguousAdapterError, BaseWeightsError
+from lora_analysis.formats.peft.configuration import Remark, about
 from lora_analysis.formats.peft.names import Layer
 
 _MAX_CANDIDATES = 6
@@ -30,7 +30,7 @@ class Assignment(NamedTuple):
     """Which parameters a module's wrappers belong to, innermost first, and what may be otherwise."""
 
     paths: tuple[str, ...]
-    doubts: tuple[str, ...]
+    doubts: tuple[Remark, ...]
 
 
 class Layout(NamedTuple):
@@ -91,7 +91,7 @@ def assigned(
     ------
     AdapterFormatError
         If no parameters fit.
-    UnsupportedAdapterError
+    AmbiguousAdapterError
         If there are more of them than factors, and no base.
     """
     present = [path for path in paths if path in shapes] if shapes else list(paths)
@@ -101,7 +101,7 @@ def assigned(
             f"wrappers, {len(levels)}, found {len(present)}: {', '.join(map(repr, present)) or 'none'}."
         )
     if len(present) > _MAX_CANDIDATES or (len(present) > len(levels) and not shapes):
-        raise UnsupportedAdapterError(
+        raise AmbiguousAdapterError(
             f"{where}: {owner!r}: {len(levels)} of {len(present)} parameters of target_parameters, and nothing says "
             "which. Pass base=."
         )
@@ -127,11 +127,11 @@ def assigned(
     # As a module declares its parameters, so do people list them.
     chosen = possible[0]
     doubt = (
-        f"{shown(owner)}: nothing says which of {len(levels)} pairs of factors belongs to which of {len(present)} "
-        f"parameters; the innermost is taken for {shown(chosen[0])!r}, the first in target_parameters."
+        f"nothing says which of {len(levels)} pairs of factors belongs to which of {len(present)} parameters; the "
+        f"innermost is taken for {chosen[0].rpartition('.')[2]!r}, the first in target_parameters."
         + ("" if shapes else " Pass base=, whose shapes may tell.")
     )
-    return Assignment(chosen, (doubt,))
+    return Assignment(chosen, (about(owner, doubt),))
 
 
 def _fits(level: Level, stored: tuple[int, ...]) -> bool:

@@ -13,9 +13,17 @@ from lora_analysis.adapter import Adapter, Contents, Module, ScaleSource
 from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
 from lora_analysis.formats.ledger import unused_tensors
+from lora_analysis.formats.notes import first_of_each
 from lora_analysis.formats.options import ReadOptions
 from lora_analysis.formats.peft import experts, split
-from lora_analysis.formats.peft.configuration import Scaling, flag, require_types, shown
+from lora_analysis.formats.peft.configuration import (
+    Remark,
+    Scaling,
+    about,
+    disagreement_on_r,
+    flag,
+    require_types,
+)
 from lora_analysis.formats.peft.factors import Recipe, read_magnitude, read_update
 from lora_analysis.formats.peft.fields import require_known
 from lora_analysis.formats.peft.initial import compared_scales, initial_adapter, initial_update, require_agreement
@@ -77,15 +85,21 @@ def read(
         require_agreement(initial, placed, where)
     notes += _notes_on_the_whole(config, found, options)
     modules: dict[str, Module] = {}
+    remarks: list[Remark] = []
     for one in placed.values():
-        notes += _notes_on_r(one, scaling)
+        remarks += _remarks_on_r(one, scaling)
         scale, source = scaling.scale(one.path, one.r)
-        own = live[one.layer.stem].scale if live and one.layer.stem in live else scale
-        if own is not scale and not math.isclose(own, scale, rel_tol=1e-12):
-            notes.append(f"{shown(one.name)}: the layer's own scale, {own:g}, wins over the configuration's {scale:g}.")
+        if live and one.layer.stem in live:
+            own = live[one.layer.stem].scale
+            if not math.isclose(own, scale, rel_tol=1e-12):
+                text = f"the layer's own scale, {own:g}, wins over the configuration's {scale:g}."
+                remarks.append(about(one.name, text))
+            scale = own
+        else:
+            remarks += [("alpha_pattern", doubt) for doubt in scaling.doubts(one.path)]
         if initial is not None:
-            notes += compared_scales(initial.modules[one.name].scale, own, one.name, where)
-        modules |= _modules(checkpoint, one, own, source, initial, options)
+            remarks += compared_scales(initial.modules[one.name].scale, scale, one.name, where)
+        modules |= _modules(checkpoint, one, scale, source, initial, options)
     if options.split is not None and all(module.target.rows is None for module in modules.values()):
         raise UnsupportedAdapterError(
             f"{where}: split= names the slots of a fused weight, but no module of the file is known as one "
@@ -99,7 +113,8 @@ def read(
         otherwise="a full tensor, no part of any update",
         where=where,
     )
-    return Contents(modules, unused, tuple(dict.fromkeys(notes)))
+    # Experts of one parameter have one path, and say the same once.
+    return Contents(modules, unused, (*notes, *first_of_each(dict.fromkeys(remarks))))
 
 
 def _places(
@@ -147,8 +162,8 @@ def _with_magnitude(checkpoint: Checkpoint, one: Place, config: Mapping[str, Any
             f"{where}: {one.name!r}: expected {one.shape[0]} magnitudes, one for each output, got {shape} in {key!r}."
         )
     if config and not flag(config, "use_dora", where):
-        note = f"{shown(one.name)}: holds DoRA's magnitudes though use_dora is not set; read as DoRA."
-        return replace(one, notes=(*one.notes, note))
+        text = "holds DoRA's magnitudes though use_dora is not set; read as DoRA."
+        return replace(one, remarks=(*one.remarks, about(one.name, text)))
     return one
 
 
@@ -193,14 +208,13 @@ def _modules(
     return made
 
 
-def _notes_on_r(one: Place, scaling: Scaling) -> list[str]:
-    notes = list(one.notes)
-    declared = scaling.declared_r(one.path)
-    if one.expert is None and declared is not None and declared != one.r:
-        notes.append(f"{shown(one.name)}: the configuration says r={declared}, the tensors have r={one.r}; they win.")
+def _remarks_on_r(one: Place, scaling: Scaling) -> list[Remark]:
+    remarks = list(one.remarks)
+    if one.expert is None:
+        remarks += disagreement_on_r(one.name, scaling.declared_r(one.path), one.r)
     if one.r == 0:
-        notes.append(f"{shown(one.name)}: r=0, an update of zero whatever its scale; alpha / r is given as 0.")
-    return notes + scaling.doubts(one.path)
+        remarks.append(about(one.name, "r=0, an update of zero whatever its scale; alpha / r is given as 0."))
+    return remarks
 
 
 def _notes_on_the_whole(config: Mapping[str, Any], found: Mapping[str, Layer], options: ReadOptions) -> list[str]:
@@ -213,12 +227,8 @@ def _notes_on_the_whole(config: Mapping[str, Any], found: Mapping[str, Layer], o
     if config.get("alora_invocation_tokens"):
         notes.append("activated LoRA: the updates act from the invocation tokens on, and not before.")
     if not config:
-        notes += [
-            f"{shown(stem)}: r·E rows of experts cannot be told from r rows without adapter_config.json; read as one "
-            "matrix."
-            for stem in found
-            if stem.rpartition(".")[2] == "experts"
-        ]
+        text = "r·E rows of experts cannot be told from r rows without adapter_config.json; read as one matrix."
+        notes += first_of_each(about(stem, text) for stem in found if stem.rpartition(".")[2] == "experts")
     return notes
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lora_analysis.adapter import Target
 from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
-from lora_analysis.formats.peft.configuration import shown
+from lora_analysis.formats.peft.configuration import Remark, about
 from lora_analysis.formats.peft.factors import Expert
 from lora_analysis.formats.peft.names import Layer
 
@@ -59,7 +59,8 @@ class Place:
     target : Target
     expert : Expert, optional
         Which part of the factors it is, where they hold several experts.
-    flags, notes : tuple of str
+    flags : tuple of str
+    remarks : tuple of Remark
     """
 
     name: str
@@ -70,7 +71,7 @@ class Place:
     target: Target
     expert: Expert | None = None
     flags: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    remarks: tuple[Remark, ...] = ()
 
 
 def place(checkpoint: Checkpoint, layer: Layer, stems: Container[str], *, transposed: bool, where: str) -> Place:
@@ -103,11 +104,11 @@ def place(checkpoint: Checkpoint, layer: Layer, stems: Container[str], *, transp
     if stem.endswith(_ATTENTION) and stem.removesuffix(_ATTENTION) in stems:
         attention = stem.removesuffix(_ATTENTION)
         name = f"{attention}.out_proj"
-        note = (
-            f"{shown(name)}: in a MultiheadAttention, whose layer in PEFT merges this update twice, in its forward "
-            "pass too: what acts there is 2·s·B·A. ΔW is given as s·B·A."
+        text = (
+            "in a MultiheadAttention, whose layer in PEFT merges this update twice, in its forward pass too: what acts "
+            "there is 2·s·B·A. ΔW is given as s·B·A."
         )
-        return Place(name, attention, layer, shape, r, Target(f"{name}.weight"), notes=(note,))
+        return Place(name, attention, layer, shape, r, Target(f"{name}.weight"), remarks=(about(name, text),))
     turned = layer.embedding or (transposed and len(shape_a) == 2)
     return Place(stem, stem, layer, shape, r, Target(f"{stem}.weight", transposed=turned, kernel=kernel))
 

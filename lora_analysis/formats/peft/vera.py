@@ -28,9 +28,10 @@ from torch import Tensor
 
 from lora_analysis.adapter import Contents, Module, Target
 from lora_analysis.checkpoint import Checkpoint
-from lora_analysis.errors import AdapterFormatError, BaseWeightsError, UnsupportedAdapterError
+from lora_analysis.errors import AdapterFormatError, AmbiguousAdapterError, BaseWeightsError, UnsupportedAdapterError
+from lora_analysis.formats.notes import first_of_each
 from lora_analysis.formats.options import ReadOptions
-from lora_analysis.formats.peft.configuration import flag, require_types, short, shown
+from lora_analysis.formats.peft.configuration import Remark, about, flag, require_types, short
 from lora_analysis.formats.peft.parts import (
     Parts,
     base_dtypes,
@@ -84,7 +85,7 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any], options: ReadOptions
     if not sizes:
         return Contents({})
     if options.base is None:
-        raise UnsupportedAdapterError(
+        raise AmbiguousAdapterError(
             f"{where}: a VeRA file does not say how many inputs its modules have: A is shared, saved or not, and as "
             "wide as the widest of them. Pass base=, the model it was trained on."
         )
@@ -200,13 +201,13 @@ def _notes(config: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]], draw
         )
     elif config.get("save_projection") is False:
         notes.append("save_projection is false, yet the file holds projections; they win, PEFT would draw its own.")
-    declared = None if config.get("r") is None else config["r"]
-    notes.extend(
-        f"{shown(module)}: the configuration says r={short(declared)}, the tensors have r={r}; they win."
+    declared = config.get("r")
+    remarks: list[Remark] = [
+        about(module, f"the configuration says r={short(declared)}, the tensors have r={r}; they win.")
         for module, (_, r) in sizes.items()
         if declared is not None and declared != r
-    )
-    return notes
+    ]
+    return notes + first_of_each(remarks)
 
 
 def _read_update(

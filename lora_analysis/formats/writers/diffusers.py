@@ -3,50 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lora_analysis.adapter import Adapter
-from lora_analysis.errors import UnsupportedAdapterError
 from lora_analysis.formats.saving import put_in_place, safetensors_writer
-from lora_analysis.formats.writers.parts import Part, WriteOptions, Written, refuse_embeddings, refuse_magnitudes
+from lora_analysis.formats.writers.components import in_component, require_distinct
+from lora_analysis.formats.writers.parts import Part, WriteOptions, Written
 from lora_analysis.formats.writers.peft import scale_fields
+from lora_analysis.formats.writers.refusals import refuse_embeddings, refuse_magnitudes, require_base_names
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
-
-def write(parts: list[Part], adapter: Adapter, path: Path, options: WriteOptions) -> Written:
+def write(parts: Sequence[Part], adapter: Adapter, path: Path, options: WriteOptions) -> Written:
     """Write one ``.safetensors`` file whose header holds r and alpha of every component."""
     refuse_magnitudes(adapter.source, parts, "diffusers")
     refuse_embeddings(adapter.source, parts, "diffusers")
+    require_base_names(adapter, parts, "diffusers")
+    names = {part.name: in_component(adapter.source, part.name, options.component, "diffusers") for part in parts}
+    require_distinct(adapter.source, names, "diffusers")
     tensors: dict[str, Tensor] = {}
-    names: dict[str, str] = {}
     members: dict[str, dict[str, Part]] = {}
     for part in parts:
-        component, _, rest = part.name.partition(".")
-        if component not in COMPONENTS or not rest:
-            if options.component is None:
-                raise UnsupportedAdapterError(
-                    f"{adapter.source}: {part.name!r}: expected a name that begins with its component "
-                    f"({', '.join(COMPONENTS)}), which diffusers' names need. Pass component=."
-                )
-            component, rest = options.component, part.name
-        up, down = part.kernels()
-        names[part.name] = f"{component}.{rest}"
+        name = names[part.name]
+        component, _, rest = name.partition(".")
         members.setdefault(component, {})[rest] = part
-        tensors |= {f"{component}.{rest}.lora_A.weight": down, f"{component}.{rest}.lora_B.weight": up}
+        up, down = part.kernels()
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     configuration: dict[str, Any] = {}
     for component, modules in members.items():
         fields = scale_fields(modules) | {"use_dora": False}
         configuration |= {f"{component}.{key}": value for key, value in fields.items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(configuration, sort_keys=True)}
     put_in_place(path.parent, {path.name: safetensors_writer(tensors, metadata)})
-    unscaled = all(part.scale == 1 for part in parts)
-    return Written(
-        names,
-        ()
-        if unscaled
-        else ("the scale is in the header, which diffusers before 0.34 does not read: it takes alpha = r there.",),
-    )
+    if all(part.scale == 1 for part in parts):
+        return Written(parts, names)
+    older = "the scale is in the header, which diffusers before 0.34 does not read: it takes alpha = r there."
+    return Written(parts, names, (older,))

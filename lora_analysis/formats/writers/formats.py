@@ -1,17 +1,34 @@
 """The list of formats that are written."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.formats.writers import diffusers, gguf, kohya, mlx, peft
 from lora_analysis.formats.writers.parts import Part, WriteOptions, Written
 
-WRITERS: Mapping[str, Callable[[list[Part], Adapter, Path, WriteOptions], Written]] = {
-    "peft": peft.write,
-    "kohya": kohya.write,
-    "diffusers": diffusers.write,
-    "mlx": mlx.write,
-    "gguf": gguf.write,
+
+class Writer(NamedTuple):
+    """What writes a format.
+
+    Parameters
+    ----------
+    write : callable
+        Parts, the adapter, where to, and options.
+    files : tuple of str
+        What it puts into the directory that it is given; () if it is given a file's path.
+    """
+
+    write: Callable[[Sequence[Part], Adapter, Path, WriteOptions], Written]
+    files: tuple[str, ...] = ()
+
+
+WRITERS: Mapping[str, Writer] = {
+    "peft": Writer(peft.write, ("adapter_model.safetensors", "adapter_config.json")),
+    "kohya": Writer(kohya.write),
+    "diffusers": Writer(diffusers.write),
+    "mlx": Writer(mlx.write, ("adapters.safetensors", "adapter_config.json")),
+    "gguf": Writer(gguf.write),
 }
 """Format to what writes it."""

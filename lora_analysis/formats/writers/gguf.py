@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +14,48 @@ from lora_analysis.checkpoint.gguf_names import PERMUTED_ARCHITECTURES, gguf_pla
 from lora_analysis.checkpoint.rotary import interleaved_order
 from lora_analysis.errors import UnsupportedAdapterError
 from lora_analysis.formats.saving import put_in_place
-from lora_analysis.formats.writers.parts import (
-    Part,
-    WriteOptions,
-    Written,
-    common_scale,
+from lora_analysis.formats.writers.components import require_distinct
+from lora_analysis.formats.writers.folding import float32_alpha, with_one_scale
+from lora_analysis.formats.writers.parts import Part, WriteOptions, Written, in_dtype
+from lora_analysis.formats.writers.refusals import (
     refuse_convolutions,
     refuse_embeddings,
     refuse_magnitudes,
+    require_base_names,
 )
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What llama.cpp computes adapters in."""
 
-def write(parts: list[Part], adapter: Adapter, path: Path, options: WriteOptions) -> Written:
+
+def write(parts: Sequence[Part], adapter: Adapter, path: Path, options: WriteOptions) -> Written:
     """Write one ``.gguf`` file, with the tensors' names and the row order that GGUF's bases have."""
     refuse_magnitudes(adapter.source, parts, "gguf")
     refuse_embeddings(adapter.source, parts, "gguf")
     refuse_convolutions(adapter.source, parts, "gguf")
+    require_base_names(adapter, parts, "gguf")
     architecture = options.architecture
     if architecture is None:
         raise UnsupportedAdapterError(
             f"{adapter.source}: gguf names tensors by the base's architecture. Pass architecture=, such as 'llama'."
         )
-    alpha, folded, losses = common_scale(parts, lambda part: part.scale * part.r, "alpha")
-    if float(torch.tensor(alpha, dtype=torch.float32)) != alpha:
+    alpha, folded, losses = with_one_scale(adapter.source, parts, "alpha", lambda part: part.r)
+    if float32_alpha(adapter.source, "gguf", alpha) != alpha:
         losses.append("alpha is a float32: every scale is rounded by up to 6e-8 of itself.")
+    folded = [
+        part if {part.up.dtype, part.down.dtype} <= {*_DTYPES} else in_dtype(adapter.source, part, torch.float32)
+        for part in folded
+    ]
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     for part in folded:
         tensor = _tensor_name(adapter.source, part, architecture)
         up = part.up[_row_order(adapter.source, part, tensor, architecture, options.heads)]
-        if f"{tensor}.lora_a" in tensors:
-            raise UnsupportedAdapterError(
-                f"{adapter.source}: {part.name!r}: another module gives the gguf name {tensor!r} as well."
-            )
         tensors |= {f"{tensor}.lora_a": part.down, f"{tensor}.lora_b": up}
         names[part.name] = tensor.removesuffix(".weight")
+    require_distinct(adapter.source, names, "gguf")
     put_in_place(path.parent, {path.name: lambda file: _write_file(file, tensors, architecture, alpha)})
-    return Written(names, tuple(losses))
+    return Written(folded, names, tuple(losses))
 
 
 def _tensor_name(source: str, part: Part, architecture: str) -> str:

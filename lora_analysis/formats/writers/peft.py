@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,30 @@ from torch import Tensor
 
 from lora_analysis.adapter import Adapter, Target
 from lora_analysis.errors import UnsupportedAdapterError
+from lora_analysis.formats.patterns import PatternKeys
 from lora_analysis.formats.saving import put_in_place, safetensors_writer
+from lora_analysis.formats.writers.components import COMPONENTS
 from lora_analysis.formats.writers.parts import Part, WriteOptions, Written
+from lora_analysis.formats.writers.refusals import require_base_names
+
+_OF_PIPELINES = ("diffusers", "kohya", "lycoris")
+"""Formats whose names begin with the component of a pipeline, where other models may have a module of that name."""
 
 
-def write(parts: list[Part], adapter: Adapter, path: Path, options: WriteOptions) -> Written:
+def write(parts: Sequence[Part], adapter: Adapter, path: Path, options: WriteOptions) -> Written:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into a directory."""
+    require_base_names(adapter, parts, "peft")
     dora = _use_dora(adapter.source, parts)
+    names, losses = _names_in_one_model(adapter, parts)
     tensors: dict[str, Tensor] = {}
     for part in parts:
         _require_place(adapter.source, part)
-        tensors |= _tensors(f"base_model.model.{part.name}", part)
+        stem = f"base_model.model.{names[part.name]}"
+        tensors |= _tensors(stem, part)
         if dora:
-            tensors[f"base_model.model.{part.name}.lora_magnitude_vector"] = _magnitude(adapter.source, part)
-    text = json.dumps(_configuration(adapter.config, parts, dora), indent=2, sort_keys=True) + "\n"
+            tensors[f"{stem}.lora_magnitude_vector"] = _magnitude(adapter.source, part)
+    modules = {names[part.name]: part for part in parts}
+    text = json.dumps(_configuration(adapter.config, modules, dora), indent=2, sort_keys=True) + "\n"
     put_in_place(
         path,
         {
@@ -35,7 +45,21 @@ def write(parts: list[Part], adapter: Adapter, path: Path, options: WriteOptions
             "adapter_config.json": lambda file: file.write_text(text, encoding="utf-8"),
         },
     )
-    return Written({part.name: part.name for part in parts})
+    return Written(parts, names, losses)
+
+
+def _names_in_one_model(adapter: Adapter, parts: Sequence[Part]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Part to its name in the model that a PEFT adapter is of, without the pipeline's component, and what is lost."""
+    components = sorted({part.name.partition(".")[0] for part in parts})
+    if adapter.format not in _OF_PIPELINES or not set(components) <= set(COMPONENTS):
+        return {part.name: part.name for part in parts}, ()
+    if len(components) > 1:
+        loss = (
+            f"updates of {' and '.join(components)} are in one adapter, which peft loads into a model of all of them."
+        )
+        return {part.name: part.name for part in parts}, (loss,)
+    loss = f"the component {components[0]!r} is not written: a PEFT adapter is of one model."
+    return {part.name: part.name.partition(".")[2] for part in parts}, (loss,)
 
 
 def _require_place(source: str, part: Part) -> None:
@@ -45,7 +69,7 @@ def _require_place(source: str, part: Part) -> None:
     if target != whole or (target.transposed and target.kernel):
         raise UnsupportedAdapterError(
             f"{source}: {part.name!r}: expected an update of the whole of '{part.name}.weight', got one of "
-            f"{target.tensor!r}, for which PEFT's LoRA has no place."
+            f"{target.tensor!r}{' turned' if target.transposed else ''}, which is not written as peft."
         )
     if len(target.kernel) > 3:
         raise UnsupportedAdapterError(
@@ -53,7 +77,7 @@ def _require_place(source: str, part: Part) -> None:
         )
 
 
-def _use_dora(source: str, parts: list[Part]) -> bool:
+def _use_dora(source: str, parts: Sequence[Part]) -> bool:
     """Whether the modules have magnitudes: all, as PEFT knows them, or none."""
     without = [part.name for part in parts if part.magnitude is None]
     if len(without) == len(parts):
@@ -87,13 +111,15 @@ def _magnitude(source: str, part: Part) -> Tensor:
     return magnitude.reshape(1, -1, *(1 for _ in part.target.kernel)) if part.target.kernel else magnitude
 
 
-def _configuration(config: Mapping[str, Any], parts: list[Part], dora: bool) -> dict[str, Any]:
-    fields = scale_fields({part.name: part for part in parts})
+def _configuration(config: Mapping[str, Any], modules: Mapping[str, Part], dora: bool) -> dict[str, Any]:
+    fields = scale_fields(modules)
+    if config.get("alora_invocation_tokens"):
+        fields["alora_invocation_tokens"] = config["alora_invocation_tokens"]
     return fields | {
         "peft_type": "LORA",
         "task_type": config.get("task_type"),
         "base_model_name_or_path": config.get("base_model_name_or_path"),
-        "fan_in_fan_out": any(part.target.transposed for part in parts if not part.embedding),
+        "fan_in_fan_out": any(part.target.transposed for part in modules.values() if not part.embedding),
         "bias": "none",
         "lora_dropout": 0.0,
         "use_dora": dora,
@@ -106,12 +132,13 @@ def scale_fields(parts: Mapping[str, Part]) -> dict[str, Any]:
     """The fields of a LoraConfig that give these modules, by their names in it, their r and scale."""
     ranks = {name: part.r for name, part in parts.items()}
     alphas = {name: _alpha(part.scale, part.r) for name, part in parts.items()}
+    keys = _pattern_keys(parts)
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": {_exactly(name): value for name, value in ranks.items() if value != r},
-        "alpha_pattern": {_exactly(name): value for name, value in alphas.items() if value != alpha},
+        "rank_pattern": {keys[name]: value for name, value in ranks.items() if value != r},
+        "alpha_pattern": {keys[name]: value for name, value in alphas.items() if value != alpha},
         "target_modules": sorted(parts),
         "use_rslora": False,
     }
@@ -127,6 +154,20 @@ def _alpha(scale: float, r: int) -> float | int:
     return min(neighbours, key=lambda alpha: abs(alpha / r - scale))
 
 
-def _exactly(module: str) -> str:
-    """A pattern key that PEFT resolves to this module and to no other."""
-    return "^" + re.escape(module)
+def _pattern_keys(modules: Collection[str]) -> dict[str, str]:
+    r"""Keys of patterns, each of which PEFT resolves to its module and to no other of these.
+
+    Names as they are where that is enough: PEFT knows anchors only since its #2419, and found whole names before.
+
+    Examples
+    --------
+    >>> _pattern_keys(["lin", "layers.0.lin", "a+b"])
+    {'lin': '^lin', 'layers.0.lin': 'layers.0.lin', 'a+b': '^a\\+b'}
+    """
+    literal = [name for name in modules if re.fullmatch(r"[\w./-]+", name)]
+    found = PatternKeys()
+    for name in literal:
+        found.append(name)
+    hits = Counter(index for module in modules for index in found.matching(module))
+    alone = {name for index, name in enumerate(literal) if hits[index] == 1}
+    return {name: name if name in alone else "^" + re.escape(name) for name in modules}

@@ -10,8 +10,12 @@ import torch
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.base import BaseWeights
+from lora_analysis.formats.files import WEIGHTS
+from lora_analysis.formats.saving import require_destination
+from lora_analysis.formats.writers.assembly import parts_of
 from lora_analysis.formats.writers.formats import WRITERS
-from lora_analysis.formats.writers.parts import WriteOptions, parts_of
+from lora_analysis.formats.writers.losses import cut, left_behind, rounded
+from lora_analysis.formats.writers.parts import WriteOptions
 
 
 def save_adapter(
@@ -28,8 +32,8 @@ def save_adapter(
 ) -> Path:
     """Write an adapter; what the format cannot hold exactly is refused, or cut on request.
 
-    Only updates are written: biases and full tensors that ``adapter.unused`` lists are not, with a warning, as where
-    a format makes something be rounded. ``lora_analysis.convert`` reads the result back and measures.
+    Only updates are written: what is left behind, cut or rounded is warned of, one warning each.
+    ``lora_analysis.convert`` reads the result back and measures.
 
     Parameters
     ----------
@@ -63,22 +67,22 @@ def save_adapter(
     UnsupportedAdapterError
         If an update is no product of two factors and r is not given, or has no place in the format.
     UndefinedUpdateError
-        If the scale of a module is unknown.
+        If the scale of a module is unknown, or its numbers are not finite.
+    ValueError
+        If there is nothing to write, or something else where it is to be written.
     """
     if format not in WRITERS:
         raise ValueError(f"format: expected one of {', '.join(WRITERS)}, got {format!r}.")
-    path = Path(directory)
+    path, writer = Path(directory), WRITERS[format]
+    require_destination(path, writer.files, WEIGHTS)
     parts = parts_of(adapter, r=r, dtype=dtype, base=base)
-    written = WRITERS[format](parts, adapter, path, WriteOptions(component, architecture, heads))
-    losses = list(written.losses)
-    if adapter.unused:
-        losses.append(
-            f"{len(adapter.unused)} tensors that are no part of an update are not written "
-            f"(first: {adapter.unused[0].tensor!r})."
-        )
-    if cut := [part for part in parts if part.truncation_error]:
-        worst = max(part.truncation_error / adapter[part.name].norm() for part in cut if part.name in adapter)
-        losses.append(f"{len(cut)} modules are cut to r={r}; at most {worst:.2e} of a module's norm is lost.")
-    for loss in losses:
+    written = writer.write(parts, adapter, path, WriteOptions(component, architecture, heads))
+    # What was rounded to zero altogether is off by its whole norm.
+    errors = [
+        part.rounding_error / max(part.update.norm(), part.rounding_error)
+        for part in written.parts
+        if part.rounding_error
+    ]
+    for loss in [*left_behind(adapter, format), *written.losses, *cut(written.parts), *rounded(errors)]:
         warnings.warn(f"{adapter.source}: {loss}", stacklevel=2)
     return path
