@@ -171,6 +171,13 @@ class Adapter(Mapping[str, Update]):
         Where the file disagreed with itself, and which side won.
     checkpoint : Checkpoint or None
         The file's own tensors by their own names, read when asked for; None where there is no file.
+
+    Raises
+    ------
+    TypeError
+        If ``updates`` maps anything else.
+    ValueError
+        If ``targets`` names a module that is none.
     """
 
     def __init__(
@@ -182,6 +189,12 @@ class Adapter(Mapping[str, Update]):
     ) -> None:
         held = dict(updates)
         placed = dict(targets or {})
+        for name, update in held.items():
+            if not isinstance(name, str) or not hasattr(update, "singular_values"):
+                raise TypeError(
+                    f"updates: expected names and updates, such as LowRankUpdate(up, down, scale), got "
+                    f"{type(update).__name__} under {name!r}."
+                )
         if stray := sorted(placed.keys() - held.keys()):
             raise ValueError(f"targets: expected modules of the adapter, got {stray[0]!r}.")
         self.source = source

@@ -125,7 +125,8 @@ def convert(
     UndefinedUpdateError
         If a scale is unknown, or an update holds NaN or infinities.
     ValueError
-        If there is nothing to write, or something else where it is to be written.
+        If there is nothing to write, something else where it is to be written, or ``destination`` is called like a file
+        of another format.
     LoraAnalysisError
         If a ΔW read back is another than that written: a bug of ours.
     """
@@ -134,7 +135,7 @@ def convert(
     if isinstance(adapter, Adapter) and options:
         raise TypeError(f"{', '.join(options)}: options of load_adapter, and this adapter is loaded already.")
     path, writer = Path(destination), WRITERS[to]
-    require_destination(path, writer.files, WEIGHTS)
+    require_destination(path, writer.files, WEIGHTS, writer.suffix)
     if base is not None and not isinstance(base, BaseWeights):
         base = load_base(base)
     if not isinstance(adapter, Adapter):
@@ -223,5 +224,8 @@ def _require_magnitude(part: Part, module: Module) -> None:
     read = module.magnitude
     if (part.magnitude is None) != (read is None):
         raise LoraAnalysisError(f"{part.name!r} has {'no' if read is None else 'a'} magnitude of DoRA.")
-    if part.magnitude is not None and read is not None and not torch.equal(read().flatten(), part.magnitude.flatten()):
+    if part.magnitude is None or read is None:
+        return
+    same = torch.equal(read().flatten(), part.magnitude.flatten())
+    if not same or module.magnitude_axis != part.magnitude_axis:
         raise LoraAnalysisError(f"{part.name!r} has another magnitude of DoRA.")

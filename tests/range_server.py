@@ -118,9 +118,10 @@ def serving(root: Path) -> Iterator[Behaviour]:
                 self.end_headers()
                 while count:
                     piece = stream.read(min(count, 2**20))
-                    self.wfile.write(piece)
+                    # Counted first: whoever has got the bytes may look at the count before this thread runs again.
                     with behaviour.lock:
                         behaviour.sent += len(piece)
+                    self.wfile.write(piece)
                     count -= len(piece)
 
         def refuse(self, status: int, headers: dict[str, str] | None = None) -> None:

@@ -97,6 +97,9 @@ def test_targets_default_to_the_weight_of_the_module() -> None:
 def test_targets_of_no_module_are_refused() -> None:
     with pytest.raises(ValueError, match="targets: expected modules of the adapter, got 'other'"):
         Adapter({"lin": update()}, targets={"other": Target("lin.weight")})
+    for wrong in ({"lin": torch.ones(2, 2)}, {"lin": None}, {3: update()}):
+        with pytest.raises(TypeError, match="updates: expected names and updates, such as LowRankUpdate"):
+            Adapter(wrong)  # type: ignore[arg-type]
 
 
 def test_an_unknown_module_is_named_with_the_adapter() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from lora_analysis.adapter import Adapter, Target
 from lora_analysis.base import BaseWeights, load_base
+from lora_analysis.base.orientation import ProvenTransposed
 from lora_analysis.checkpoint import SafetensorsFile
 from lora_analysis.errors import BaseWeightsError, LoraAnalysisError
 from lora_analysis.update import LowRankUpdate
@@ -89,6 +91,35 @@ def test_a_bias_along_the_rows_proves_nothing() -> None:
     assert torch.equal(load_base(tensors).matrix(Target("0.q.weight"), (4, 4)), square)
     turned = tensors | {"1.q.weight": torch.randn(4, 6)}
     assert torch.equal(load_base(turned).matrix(Target("0.q.weight"), (4, 4)), square.T)
+
+
+def test_a_weight_at_the_top_is_proven_by_its_own_bias() -> None:
+    weight = torch.randn(4, 6)
+    turned = load_base({"c_fc.weight": weight, "c_fc.bias": torch.randn(6)})
+    assert torch.equal(turned.matrix(Target("c_fc.weight")), weight.T)
+    assert turned.transposed(Target("c_fc.weight"))
+
+
+def test_a_tensor_called_weight_alone_is_no_relative_of_every_other() -> None:
+    square = torch.randn(4, 4)
+    base = load_base({"weight": square, "a.b.weight": torch.randn(4, 6), "a.b.bias": torch.randn(6)})
+    assert torch.equal(base.matrix(Target("weight")), square)
+
+
+def test_names_are_walked_once_however_many_families_they_are_of() -> None:
+    """Once a family, 20,000 tensors of as many names took a minute and a half."""
+
+    class Walked(dict[str, tuple[int, ...]]):
+        walks = 0
+
+        def __iter__(self) -> Iterator[str]:
+            self.walks += 1
+            return super().__iter__()
+
+    names = Walked({f"{i}.w{i}.weight": (4, 4) for i in range(50)} | {"0.w7.weight": (4, 6), "0.w7.bias": (6,)})
+    proven = ProvenTransposed(names, names.__getitem__)
+    assert [name for name in list(names) if name.endswith(".weight") and proven(name)] == ["7.w7.weight", "0.w7.weight"]
+    assert names.walks == 2  # ours above, and its own
 
 
 def test_the_flag_of_the_adapter_decides_for_a_square_weight_alone() -> None:

@@ -222,7 +222,7 @@ def test_an_index_never_reaches_outside_its_folder(tmp_path: Path, name: str) ->
 
 @pytest.mark.parametrize("name", ["missing.safetensors", ".", "\0", "x" * 5000, "a\nb", "\ud800"])
 def test_a_shard_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
-    one_line(sharded(tmp_path, {"a": name}), f"expected the shard {re.escape(repr(name))} beside it, found none")
+    one_line(sharded(tmp_path, {"a": name}), f"expected the shard {re.escape(repr(name[:100]))} beside it, found none")
 
 
 def test_an_index_of_indices_is_refused(tmp_path: Path) -> None:
@@ -274,7 +274,12 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     for name in ("a.safetensors", "a.bin", "a.index.json"):
         one_line(tmp_path / name, r"no such file\.$")
     one_line(tmp_path / "config.json", r"no such file\.$", read_json)
-    one_line(tmp_path, r"no such file\.$")
+
+
+def test_directories_are_no_files(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "a.bin", "a.gguf", "a.npz", "a.index.json"):
+        (tmp_path / name).mkdir()
+        one_line(tmp_path / name, r"expected a file, got a directory\.$")
 
 
 def read_all(path: Path) -> dict[str, Tensor]:
@@ -416,6 +421,19 @@ def test_code_in_a_pickle_is_never_executed(tmp_path: Path, protocol: int, place
         assert touched.exists()
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_asks_for_more_memory_than_there_is_is_refused(tmp_path: Path, zipped: bool) -> None:
+    """torch's restricted reader makes a ``bytearray`` of any length."""
+    asking = b"\x80\x02cbuiltins\nbytearray\n\x8a\x08" + struct.pack("<q", 2**62) + b"\x85R."
+    path = written(tmp_path / "model.bin", asking)
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", asking)
+            archive.writestr("archive/version", "3\n")
+            archive.writestr("archive/byteorder", "little")
+    one_line(path, r"expected a torch file that fits into memory, got one of [\d,]+ bytes that asks for more")
+
+
 def test_the_code_a_pickle_asks_for_is_named(tmp_path: Path) -> None:
     written(tmp_path / "model.bin", pickle.dumps({"a": Malice("true")}, 2))
     one_line(tmp_path / "model.bin", r"asks for '(posix|nt)\.system'; nothing was executed. Convert it to safetensors")
@@ -505,5 +523,4 @@ def test_running_out_of_memory_is_not_called_a_damaged_file(tmp_path: Path, monk
         raise MemoryError
 
     monkeypatch.setattr(torch, "load", exhausted)
-    with pytest.raises(MemoryError):
-        open_checkpoint(tmp_path / "model.bin")
+    assert "damaged" not in one_line(tmp_path / "model.bin", "expected a torch file that fits into memory, got one of")

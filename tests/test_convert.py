@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_analysis.adapter import Adapter
+from lora_analysis.adapter import Adapter, Contents
 from lora_analysis.base import load_base
 from lora_analysis.convert import convert
 from lora_analysis.errors import UndefinedUpdateError, UnsupportedAdapterError
-from lora_analysis.formats import load_adapter
+from lora_analysis.formats import load_adapter, save_adapter
 from lora_analysis.update import DenseUpdate, KroneckerUpdate, LowRankUpdate
 
 
@@ -266,6 +267,26 @@ def test_dora_survives_where_there_are_magnitudes_and_is_refused_elsewhere(tmp_p
             convert(path, destination(tmp_path, to), to=to, **OPTIONS[to])
 
 
+@pytest.mark.parametrize(
+    ("axis", "size", "match"),
+    [(0, 8, "got one for each input"), (1, 7, "expected 8 magnitudes, one for each output, got 7")],
+)
+@pytest.mark.parametrize("to", ["peft", "mlx"])
+def test_magnitudes_of_other_axes_are_refused(tmp_path: Path, to: str, axis: int, size: int, match: str) -> None:
+    """LyCORIS has them for each input: of a square weight they have the length of the others."""
+    path, _ = dora(tmp_path / "in")
+    adapter = load_adapter(path)
+    name, module = next(iter(adapter.modules.items()))
+    other = replace(module, magnitude=lambda: torch.ones(size), magnitude_axis=axis)
+    adapter = Adapter.from_contents(
+        Contents({name: other}), source="x", format="lycoris", config={}, metadata={}, checkpoint=None, origin=None
+    )
+    for write in (convert, save_adapter):
+        with pytest.raises(UnsupportedAdapterError, match=rf"x: '{name}': .*{match}"):
+            write(adapter, tmp_path / "out", **{"to" if write is convert else "format": to})
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_true_update_of_dora_can_be_cut_for_the_others(tmp_path: Path) -> None:
     path, base = dora(tmp_path / "in")
     done = convert(path, tmp_path / "out.safetensors", to="kohya", base=load_base(base), r=4, component="unet")
@@ -321,4 +342,5 @@ def test_the_command_says_what_was_lost(tmp_path: Path) -> None:
     assert "6 modules, read back and compared" in run.stdout
     assert run.stdout.endswith("Nothing lost.\n")
     run = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(run.stdout)["losses"] == []
+    summary = json.loads(run.stdout)
+    assert (summary["losses"], summary["notes"]) == ([], [])

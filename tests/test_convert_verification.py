@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from lora_analysis.adapter import Adapter, Target
 from lora_analysis.base import load_base
 from lora_analysis.convert import convert
 from lora_analysis.errors import LoraAnalysisError, UndefinedUpdateError, UnsupportedAdapterError
-from lora_analysis.formats import load_adapter, save_adapter
+from lora_analysis.formats import load_adapter, save_adapter, saving
 from lora_analysis.formats.writers import WRITERS, Part, WriteOptions, Written
 from lora_analysis.update import LowRankUpdate
 
@@ -203,12 +205,138 @@ def test_the_configuration_of_another_adapter_is_not_overwritten(tmp_path: Path,
     assert everything_in(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "pytorch_lora_weights.safetensors", "7_adapters.safetensors"]
+)
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_a_file_that_would_be_read_with_anothers_configuration_is_not_written(
+    tmp_path: Path, to: str, name: str
+) -> None:
+    convert(language_model(scale=2.0), tmp_path, to="peft")
+    before = everything_in(tmp_path)
+    for write in (convert, save_adapter):
+        with pytest.raises(ValueError, match=r"expected no adapter_config\.json beside a file of this name"):
+            write(
+                language_model(scale=3.0),
+                tmp_path / name,
+                **{"to" if write is convert else "format": to},
+                **OPTIONS[to],
+            )
+    assert everything_in(tmp_path) == before
+    # By another name it is read alone.
+    done = convert(language_model(scale=3.0), tmp_path / "mine.safetensors", to=to, **OPTIONS[to])
+    assert {module.scale for module in load_adapter(done.path).modules.values()} == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("to", "name"),
+    [("kohya", "x.gguf"), ("kohya", "x.bin"), ("diffusers", "x.npz"), ("gguf", "x.safetensors"), ("gguf", "x.pt")],
+)
+def test_a_name_of_another_format_is_a_wrong_argument(tmp_path: Path, to: str, name: str) -> None:
+    for write in (convert, save_adapter):
+        with pytest.raises(
+            ValueError, match=r"expected a name that ends in \.\w+, the format's own, got \.\w+, another"
+        ):
+            write(language_model(), tmp_path / name, **{"to" if write is convert else "format": to}, **OPTIONS[to])
+    assert everything_in(tmp_path) == {}
+    assert len(load_adapter(convert(language_model(), tmp_path / "x.v2", to=to, **OPTIONS[to]).path)) == 6
+
+
+@pytest.mark.parametrize("to", OPTIONS)
+def test_a_place_inside_a_file_is_a_wrong_argument(tmp_path: Path, to: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    for write in (convert, save_adapter):
+        with pytest.raises(ValueError, match=r"expected a place in a directory, but .*file is a file"):
+            write(
+                language_model(),
+                destination(tmp_path / "file", to),
+                **{"to" if write is convert else "format": to},
+                **OPTIONS[to],
+            )
+    assert everything_in(tmp_path) == {"file": b"mine"}
+
+
+def test_a_directory_where_a_file_is_to_be_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").mkdir()
+    for write in (convert, save_adapter):
+        with pytest.raises(ValueError, match=r"expected a file or nothing at 'adapter_config\.json', got a directory"):
+            write(language_model(), tmp_path, **{"to" if write is convert else "format": "peft"})
+    assert everything_in(tmp_path) == {}
+
+
+@pytest.mark.parametrize("write", [convert, save_adapter])
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interruption_never_leaves_files_of_two_writings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., object], there: bool
+) -> None:
+    """New weights beside an old configuration would be read, with the wrong scale."""
+    if there:
+        convert(language_model(scale=2.0), tmp_path, to="peft")
+    before, replaced = everything_in(tmp_path), os.replace
+    names = {"adapter_config.json", "adapter_model.safetensors"}
+    # The old ones are set aside and the new ones moved; convert's are put into its draft before.
+    moves = (4 if there else 2) + (2 if write is convert else 0)
+    for failing in range(moves + 1):
+        calls = itertools.count()
+
+        def interrupted(source: Path, target: Path, failing: int = failing, calls: Iterator[int] = calls) -> None:
+            if names <= {path.name for path in tmp_path.iterdir()}:
+                assert everything_in(tmp_path).items() >= before.items()
+            if next(calls) == failing:
+                raise KeyboardInterrupt
+            replaced(source, target)
+
+        monkeypatch.setattr(saving.os, "replace", interrupted)
+        options = {"to" if write is convert else "format": "peft"}
+        if failing == moves:
+            write(language_model(scale=3.0), tmp_path, **options)
+            break
+        with pytest.raises(KeyboardInterrupt):
+            write(language_model(scale=3.0), tmp_path, **options)
+        assert everything_in(tmp_path) == before
+    assert {module.scale for module in load_adapter(tmp_path).modules.values()} == {3.0}
+
+
+def test_a_draft_lies_in_the_directory_it_is_for(tmp_path: Path) -> None:
+    """What that lies in may be another disk, onto which nothing is moved, or closed to the caller."""
+    (tmp_path / "out").mkdir()
+    for path, near in ((tmp_path / "out", tmp_path / "out"), (tmp_path / "a" / "b", tmp_path)):
+        with saving.draft(path, ["x"]) as first:
+            assert first.parent.parent == near
+            first.mkdir()
+            (first / "x").write_text("x")
+    assert everything_in(tmp_path) == {"out/x": b"x", "a/b/x": b"x"}
+
+
+@pytest.mark.parametrize("to", OPTIONS)
+def test_what_is_written_is_as_readable_as_any_new_file(tmp_path: Path, to: str) -> None:
+    (tmp_path / "any").touch()
+    mode = (tmp_path / "any").stat().st_mode
+    convert(language_model(), destination(tmp_path, to), to=to, **OPTIONS[to])
+    assert {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()} == {mode}
+
+
 def test_a_working_directory_may_be_the_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     convert(language_model(), ".", to="peft")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     convert(language_model(), "out.gguf", to="gguf", **OPTIONS["gguf"])
     assert len(load_adapter("out.gguf")) == 6
+
+
+@pytest.mark.parametrize("to", OPTIONS)
+def test_scales_that_no_reader_takes_are_named(tmp_path: Path, to: str) -> None:
+    for write in (convert, save_adapter):
+        with pytest.raises(
+            UnsupportedAdapterError, match=rf"'{FIRST}': expected a plausible scale to save, got 1e\+308"
+        ):
+            write(
+                language_model(scale=1e308),
+                destination(tmp_path, to),
+                **{"to" if write is convert else "format": to},
+                **OPTIONS[to],
+            )
+    assert everything_in(tmp_path) == {}
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

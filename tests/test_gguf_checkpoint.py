@@ -188,6 +188,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     ),
     "unknown value": (header(fields=1, rest=field(13, DATA)), "'k': expected a type of value that GGUF has, got 13"),
     "double key": (header(fields=2, rest=field(7, b"\1") * 2), "expected every field once, got 'k' again"),
+    "long key of nonsense": (
+        header(fields=1, rest=field(13, DATA, b"k" * 5000)),
+        r"x\.gguf: 'k{100}': expected a type of value that GGUF has, got 13",
+    ),
     "key of bytes": (
         header(fields=1, rest=field(7, b"\1", b"\xff\xfe")),
         r"expected names in UTF-8, got b'\\xff\\xfe'",

@@ -282,7 +282,8 @@ def test_other_protocols_are_read_through_fsspec(memory: Any, tmp_path: Path) ->
     assert base.bytes_total == sum(files)
     index = (tmp_path / "model" / "model.safetensors.index.json").stat().st_size
     assert base.bytes_read == sum(files) + index
-    assert base.report() == f"read {base.bytes_read / 1e3:.2f} of {sum(files) / 1e3:.2f} kB"
+    said = f"read {base.bytes_read / 1e3:.2f} of {sum(files) / 1e3:.2f} kB"
+    assert base.report() == f"{said}, headers and repeats counted"
     with pytest.raises(BaseWeightsError, match="memory://nowhere/model: no such file or folder there"):
         load_base("memory://nowhere/model")
     memory.mkdir("/empty")
@@ -392,9 +393,16 @@ def llama_7b(folder: Path) -> tuple[int, int]:
     return headers + len(index), whole - headers
 
 
+@pytest.mark.parametrize("declared", [True, -5, "x", None, float("nan"), 1e300, [1]], ids=str)
+def test_a_size_that_the_index_cannot_mean_is_asked_of_the_server(server: Behaviour, declared: object) -> None:
+    save_file({"w": torch.ones(50, 4)}, server.root / "x.safetensors")
+    index = {"metadata": {"total_size": declared}, "weight_map": {"w": "x.safetensors"}}
+    (server.root / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert load_base(server.url).bytes_total == (server.root / "x.safetensors").stat().st_size
+
+
 def test_one_matrix_of_seven_billion_numbers_costs_its_own_bytes(server: Behaviour) -> None:
     headers, whole = llama_7b(server.root)
-    started = time.perf_counter()
     base = load_base(server.url)
     names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 31)]
     assert base.find_all(names) == {name: name for name in names}
@@ -408,7 +416,6 @@ def test_one_matrix_of_seven_billion_numbers_costs_its_own_bytes(server: Behavio
     assert base.bytes_read == server.sent
     assert base.bytes_total == whole
     assert base.report() == "read 0.07 of 13.5 GB"
-    assert time.perf_counter() - started < 20
 
 
 def peft_adapter(folder: Path, names: list[str], shape: tuple[int, int], r: int = 2) -> None:

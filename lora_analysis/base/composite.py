@@ -152,6 +152,8 @@ def size_report(read: int, total: int | None) -> str:
     'read 0.51 of 40.0 kB'
     >>> size_report(512_000, None)
     'read 0.51 MB'
+    >>> size_report(80_300, 40_200)  # remote matrices are not kept: what is asked for twice is read twice
+    'read 80.3 of 40.2 kB, headers and repeats counted'
     """
     whole = 2 * read if total is None else total
     unit, factor = next(
@@ -161,4 +163,7 @@ def size_report(read: int, total: int | None) -> str:
     def written(count: int) -> str:
         return f"{count / factor:.2f}" if count < 10 * factor else f"{count / factor:.1f}"
 
-    return f"read {written(read)}{'' if total is None else f' of {written(total)}'} {unit}"
+    if total is None:
+        return f"read {written(read)} {unit}"
+    more = ", headers and repeats counted" if read > total else ""
+    return f"read {written(read)} of {written(total)} {unit}{more}"

@@ -9,7 +9,8 @@ transposed, as GPT-2's ``mlp.c_proj`` proves for the square ``attn.c_proj``. The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
+from functools import cached_property
 
 from lora_analysis.adapter import Target
 from lora_analysis.base.layouts import block_rows
@@ -38,26 +39,31 @@ class ProvenTransposed:
 
     Parameters
     ----------
-    names : iterable of str
+    names : collection of str
         All tensors of the base.
     shape : callable
         The shape of one.
     """
 
-    def __init__(self, names: Iterable[str], shape: Callable[[str], tuple[int, ...]]) -> None:
+    def __init__(self, names: Collection[str], shape: Callable[[str], tuple[int, ...]]) -> None:
         self._names = names
         self._shape = shape
         self._proven: dict[str, bool] = {}
 
+    @cached_property
+    def _families(self) -> dict[str, list[str]]:
+        """The weights by their last two components, found in one walk: a base may have as many families as tensors."""
+        found: dict[str, list[str]] = {}
+        for name in self._names:
+            if name.endswith(".weight"):
+                found.setdefault(_family(name), []).append(name)
+        return found
+
     def __call__(self, name: str) -> bool:
         """Whether some weight of this last name is longer than wide and its bias runs along its columns."""
-        family = ".".join(name.split(".")[-2:])
+        family = _family(name)
         if family not in self._proven:
-            self._proven[family] = any(
-                self._bias_runs_along_columns(other)
-                for other in self._names
-                if other.endswith(f".{family}") and other.endswith(".weight")
-            )
+            self._proven[family] = any(map(self._bias_runs_along_columns, self._families.get(family, ())))
         return self._proven[family]
 
     def _bias_runs_along_columns(self, name: str) -> bool:
@@ -66,3 +72,7 @@ class ProvenTransposed:
             return False
         shape = self._shape(name)
         return len(shape) == 2 and shape[0] != shape[1] and self._shape(bias) == shape[1:]
+
+
+def _family(name: str) -> str:
+    return ".".join(name.rsplit(".", 2)[-2:])

@@ -162,7 +162,8 @@ class RemoteShards(Shards):
             raise _not_by_range(str(self._place), other)
         metadata = content.get("metadata")
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
-        self._declared = int(total) if isinstance(total, int | float) and 0 < total < 2**63 else None
+        number = total if isinstance(total, int | float) and total is not True else 0  # True is an int to Python
+        self._declared = int(number) if 0 < number < 2**63 else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteShards, (self._place.url,)

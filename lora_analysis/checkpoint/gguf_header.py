@@ -36,6 +36,8 @@ _KEPT = 2**12
 """Longest array whose values are read: settings of each block, not vocabularies."""
 _MAX_DIMENSIONS = 4
 _MAX_SIDE = 2**40
+_SHOWN = 100
+"""Characters of a name that messages show: a damaged length makes one of half the header."""
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Codes of the types of values, as formats of ``struct``."""
@@ -105,13 +107,13 @@ class _Walk:
         for _ in range(int(n_fields)):
             key = self._name()
             if key in fields:
-                self._refuse(f"expected every field once, got {key!r} again")
+                self._refuse(f"expected every field once, got {key[:_SHOWN]!r} again")
             fields[key] = self._value(key, int(self._number("I")))
         tensors: dict[str, TensorInfo] = {}
         for _ in range(int(n_tensors)):
             name = self._name()
             if name in tensors:
-                self._refuse(f"expected every tensor once, got {name!r} again")
+                self._refuse(f"expected every tensor once, got {name[:_SHOWN]!r} again")
             tensors[name] = self._tensor(name)
         alignment = fields.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -121,10 +123,10 @@ class _Walk:
     def _tensor(self, name: str) -> TensorInfo:
         n_dimensions = int(self._number("I"))
         if n_dimensions > _MAX_DIMENSIONS:
-            self._refuse(f"{name!r}: expected at most {_MAX_DIMENSIONS} dimensions, got {n_dimensions}")
+            self._refuse(f"{name[:_SHOWN]!r}: expected at most {_MAX_DIMENSIONS} dimensions, got {n_dimensions}")
         shape = tuple(int(self._number("Q")) for _ in range(n_dimensions))[::-1]
         if max(shape, default=0) > _MAX_SIDE:  # an empty tensor may still claim a side that none can have
-            self._refuse(f"{name!r}: expected sides of at most {_MAX_SIDE}, got {shape}")
+            self._refuse(f"{name[:_SHOWN]!r}: expected sides of at most {_MAX_SIDE}, got {shape}")
         return TensorInfo(shape, int(self._number("I")), int(self._number("Q")))
 
     def _value(self, key: str, kind: int) -> Field:
@@ -133,17 +135,17 @@ class _Walk:
         if kind == _STRING:
             return self._text().decode("utf-8", "backslashreplace")
         if kind != _ARRAY:
-            self._refuse(f"{key!r}: expected a type of value that GGUF has, got {kind}")
+            self._refuse(f"{key[:_SHOWN]!r}: expected a type of value that GGUF has, got {kind}")
         kind, length = int(self._number("I")), int(self._number("Q"))
         if kind in _NUMBERS:
             layout = f"<{length}{_NUMBERS[kind]}" if length <= _KEPT else None
             start = self._advance(length * struct.calcsize(_NUMBERS[kind]))
             return struct.unpack_from(layout, self._data, start) if layout else None
         if kind != _STRING:
-            self._refuse(f"{key!r}: expected an array of numbers or strings, got one of type {kind}")
+            self._refuse(f"{key[:_SHOWN]!r}: expected an array of numbers or strings, got one of type {kind}")
         self._items += length
         if self._items > _MAX_ITEMS:
-            self._refuse(f"{key!r}: expected at most {_MAX_ITEMS} strings in arrays, got {self._items}")
+            self._refuse(f"{key[:_SHOWN]!r}: expected at most {_MAX_ITEMS} strings in arrays, got {self._items}")
         if length <= _KEPT:
             return tuple(self._text().decode("utf-8", "backslashreplace") for _ in range(length))
         for _ in range(length):

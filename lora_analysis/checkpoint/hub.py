@@ -171,6 +171,9 @@ def _place(source: str | os.PathLike[str], revision: str | None) -> Path | HubPl
         return HubPlace(found["id"], written or revision, (found["inner"] or "").strip("/"))
     if source.lower().startswith("file://"):
         return _path_of(source)
+    if source.lower().startswith(("http://", "https://")):
+        # A browser's mark of a place in a page. No server gets it, nor any name that would be put behind it.
+        return source.partition("#")[0]
     if is_url(source):
         return source
     path = Path(source)

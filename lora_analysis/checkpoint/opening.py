@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_analysis.checkpoint.diagnosis import TORCH_SUFFIXES, is_file
+from lora_analysis.checkpoint.diagnosis import TORCH_SUFFIXES, exists, is_file
 from lora_analysis.checkpoint.gguf_file import GGUFFile
 from lora_analysis.checkpoint.json_files import read_json
 from lora_analysis.checkpoint.npz_file import NpzFile
@@ -23,6 +23,9 @@ from lora_analysis.errors import CheckpointError
 
 _OTHERS = {".safetensors", ".npz", *TORCH_SUFFIXES}
 """Names that promise something else than GGUF, which a file without any, as in a hub's cache, may be."""
+
+_SHOWN = 100
+"""Characters of a shard's name that messages show: an index may hold anything."""
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -46,7 +49,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if not is_file(path):
-        raise CheckpointError(f"{path}: no such file.")
+        what = "expected a file, got a directory" if exists(path) and path.is_dir() else "no such file"
+        raise CheckpointError(f"{path}: {what}.")
     try:
         return _opened(path)
     except OSError as error:
@@ -100,7 +104,7 @@ class Shards:
         self._begin(str(self.index), shard_files(read_json(self.index), str(self.index)))
         for name in self.files:
             if not is_file(self.index.parent / name):
-                raise CheckpointError(f"{self.index}: expected the shard {name!r} beside it, found none.")
+                raise CheckpointError(f"{self.index}: expected the shard {name[:_SHOWN]!r} beside it, found none.")
 
     def _begin(self, where: str, files: dict[str, str]) -> None:
         self._where = where
@@ -177,6 +181,6 @@ def _require_confined(index: str, name: str) -> None:
     # Lexical, because hub caches hold shards as links that point elsewhere on purpose.
     parts = PurePosixPath(name).parts + PureWindowsPath(name).parts
     if not name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
-        raise CheckpointError(f"{index}: expected shards inside its folder, got {name!r}.")
+        raise CheckpointError(f"{index}: expected shards inside its folder, got {name[:_SHOWN]!r}.")
     if is_index(name):
-        raise CheckpointError(f"{index}: expected shards of tensors, got another index, {name!r}.")
+        raise CheckpointError(f"{index}: expected shards of tensors, got another index, {name[:_SHOWN]!r}.")

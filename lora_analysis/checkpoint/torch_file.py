@@ -42,8 +42,12 @@ def load_torch(path: Path) -> StateDict:
             f"{path}: expected a pickle of tensors alone, got one that asks for {_refused_global(error)}; "
             "nothing was executed. Convert it to safetensors where you trust it."
         ) from error
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        # Its pickle may ask for any number of bytes, whatever its size.
+        raise CheckpointError(
+            f"{path}: expected a torch file that fits into memory, got one of {path.stat().st_size:,} bytes that asks "
+            "for more than there is. Fetch it again, or convert it to safetensors where you trust it."
+        ) from error
     except Exception as error:
         # What torch raises on a damaged archive depends on where the damage lies (AssertionError,
         # struct.error and BadZipFile among others), and none of it is about this program.

@@ -74,6 +74,7 @@ def convert(
             "losses": list(done.losses),
             "largest_error": done.largest_error,
             "errors": dict(done.errors),
+            "notes": list(done.notes),
         }
         print(json.dumps(summary, indent=1, allow_nan=False))
         return

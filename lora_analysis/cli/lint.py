@@ -5,34 +5,62 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict
-from typing import Annotated
+from difflib import get_close_matches
+from typing import Annotated, get_args
 
 import typer
 
 from lora_analysis.cli import options
 from lora_analysis.cli.output import plain_text, report_base, wrapped
-from lora_analysis.lint import CODES, Finding
+from lora_analysis.lint import CODES, SEVERITIES, Finding, Severity
 from lora_analysis.lint import lint as findings_of
 
 _SHOWN = 3
 """Modules named for one finding that many of them share."""
+
+_SEVERITIES: tuple[str, ...] = get_args(Severity)
 
 _NUMBER = re.compile(r"[0-9]+([.,][0-9]+)*(e[+-]?[0-9]+)?")
 
 
 def _checked_codes(value: list[str] | None) -> list[str] | None:
     for code in value or []:
-        if code not in CODES:
-            raise typer.BadParameter(f"expected one of {', '.join(sorted(CODES))}, got {code!r}.")
+        if code not in CODES and code not in _SEVERITIES:
+            close = get_close_matches(code, [*CODES, *_SEVERITIES], n=1)
+            meant = f" Did you mean {close[0]}?" if close else ""
+            raise typer.BadParameter(
+                f"expected a code of --codes or one of {', '.join(_SEVERITIES)}, got {code!r}.{meant}"
+            )
     return value
+
+
+def _print_codes(wanted: bool) -> None:
+    """Print every code with its severities and what it means, and end."""
+    if not wanted:
+        return
+    for code, meaning in CODES.items():
+        severities = ", ".join(SEVERITIES[code])
+        print(wrapped(f"{code:<22} {severities:<14}  {meaning}", hanging=39))
+    raise typer.Exit
 
 
 def lint(
     adapter: options.OneAdapter,
     base: options.Base = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="A code to leave out; may be repeated.", callback=_checked_codes)
+        list[str] | None,
+        typer.Option(
+            metavar="CODE",
+            help="A code to leave out, or a severity, such as info; may be repeated.",
+            callback=_checked_codes,
+        ),
     ] = None,
+    codes: Annotated[
+        bool,
+        typer.Option(
+            "--codes", help="List every code with its severity, and stop.", callback=_print_codes, is_eager=True
+        ),
+    ] = False,
     format: options.Format = None,
     alpha: options.Alpha = None,
     split: options.Split = None,
@@ -47,9 +75,10 @@ def lint(
 ) -> None:
     """What is wrong, wasted, undecidable or unportable about an adapter, each with its cure.
 
-    Exit code 0: nothing found; 3: findings, of any severity; 4: only checks that could not be decided.
+    Exit code 0: nothing found; 3: findings, of any severity; 4: only checks that could not be decided; 1: the adapter
+    cannot be read. What is ignored does not count: --ignore info lets pass what is right here and misread elsewhere.
 
-    Example: lora-analysis lint runs/r8 --base model.safetensors
+    Example: lora-analysis lint runs/r8 --base model.safetensors --ignore info
     """
     weights = options.open_base(base, device, base_revision)
     found = [
@@ -67,7 +96,7 @@ def lint(
             device=device,
             revision=revision,
         )
-        if finding.code not in (ignore or [])
+        if not {finding.code, finding.severity} & set(ignore or ())
     ]
     if weights is not None:
         report_base(weights)

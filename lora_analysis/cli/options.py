@@ -79,7 +79,7 @@ def _checked_pairs(value: list[str] | None) -> list[str] | None:
     return value
 
 
-Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Directories or files of adapters.")]
+Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Directories or files of adapters.")]
 OneAdapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="A directory or file of an adapter.")]
 Format = Annotated[
     str | None,

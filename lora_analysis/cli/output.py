@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import textwrap
 import unicodedata
@@ -85,16 +86,26 @@ def explain(text: str) -> None:
     print(f"\n{wrapped(text)}")
 
 
-def wrapped(text: str, *, indent: str = "") -> str:
-    """Text in lines of 80 columns; words stay whole, so that names can be copied."""
+def wrapped(text: str, *, indent: str = "", hanging: int = 0) -> str:
+    """Text in lines of 80 columns, or a narrower terminal's; words stay whole, so that names can be copied.
+
+    Lines after the first stand ``hanging`` further to the right.
+    """
+    # A hanging indent needs room for the text beside it.
+    hanging = hanging if hanging <= columns() // 2 else len("    ")
     return textwrap.fill(
         text,
-        80,
+        columns(),
         initial_indent=indent,
-        subsequent_indent=indent,
+        subsequent_indent=indent + " " * hanging,
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def columns() -> int:
+    """How wide running text is: no wider than 80, and as narrow as the terminal."""
+    return min(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 80
 
 
 def say(line: str) -> None:

@@ -6,13 +6,14 @@ A finding has a fixed code, a severity, the module it is about and one line with
 cannot act as it was trained; ``warning``: something is wrong or wasted; ``info``: right here, misread elsewhere or
 larger than need be; ``undecided``: a check that needs what is not there (alpha, the base).
 
-As ``lora-analysis lint`` it ends with exit code 0 where nothing was found; 3 where anything was, whatever its severity
-(``--ignore CODE`` leaves out what is known and meant); 4 where all that was found are checks that could not be
-decided; 1 where the adapter could not be read at all, with one line on stderr; 2 for wrong usage.
+As ``lora-analysis lint`` it ends with exit code 0 where nothing was found; 3 where anything was, whatever its severity;
+4 where all that was found are checks that could not be decided; 1 where the adapter could not be read at all, with one
+line on stderr; 2 for wrong usage. ``--ignore`` leaves out a code that is known and meant, or a severity such as
+``info``, before the exit code is made up.
 
 Values
 ------
-``lint``, ``Finding``, ``CODES`` (every code and what it means).
+``lint``, ``Finding``, ``CODES`` (every code and what it means), ``SEVERITIES`` (those that each code may have).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from lora_analysis.errors import (
 )
 from lora_analysis.formats import load_adapter
 from lora_analysis.lint.configuration import configuration_findings
-from lora_analysis.lint.finding import CODES, Finding, Severity
+from lora_analysis.lint.finding import CODES, SEVERITIES, Finding, Severity
 from lora_analysis.lint.initial import ORTHOGONAL, Edge, edge_of, initial_findings, orthogonal_finding
 from lora_analysis.lint.numbers import number_findings
 from lora_analysis.lint.placement import placement_findings
@@ -41,7 +42,7 @@ from lora_analysis.lint.portability import portability_findings
 from lora_analysis.lint.scales import scale_findings
 from lora_analysis.lint.storage import storage_findings
 
-__all__ = ["CODES", "Finding", "Severity", "lint"]
+__all__ = ["CODES", "SEVERITIES", "Finding", "Severity", "lint"]
 
 
 def lint(

@@ -63,3 +63,28 @@ CODES = {
     "zero-update": "ΔW is exactly zero",
 }
 """Every code, and what it means."""
+
+_DIFFERING: dict[str, tuple[Severity, ...]] = {
+    "duplicate-tensor": ("warning", "info"),
+    "size-waste": ("warning", "info"),
+    "zero-update": ("error", "warning"),
+}
+
+_OF_ONE: dict[Severity, tuple[str, ...]] = {
+    "error": ("base-mismatch", "dora-contradicted", "module-untargeted", "mutated-base", "nonfinite"),
+    "undecided": ("ambiguous-layout", "unknown-scale"),
+    "info": (
+        "alora-not-portable",
+        "dora-not-portable",
+        "patterns-not-portable",
+        "projections-missing",
+        "rslora-not-portable",
+    ),
+}
+
+SEVERITIES: dict[str, tuple[Severity, ...]] = (
+    dict.fromkeys(CODES, ("warning",))
+    | {code: (severity,) for severity, codes in _OF_ONE.items() for code in codes}
+    | _DIFFERING
+)
+"""The severities that findings of a code have, the gravest first: an update of zero is an error where all are."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_analysis.adapter import Adapter, Target
+from lora_analysis.adapter import Adapter, Target, Unused
 from lora_analysis.base import BaseWeights
 from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.errors import BaseWeightsError
@@ -26,6 +26,9 @@ _NARROWER = {torch.float64: (torch.float32,), torch.float32: (torch.bfloat16, to
 _FEWEST_VALUES = 16
 """Different numbers below which a tensor is a constant or an example, and says nothing of its dtype or origin."""
 
+_NAMED = 3
+"""Tensors that one finding names."""
+
 _SAMPLED = 256
 """Numbers of a tensor that are looked at before all of them are."""
 
@@ -41,26 +44,25 @@ class _Stored(NamedTuple):
 def storage_findings(adapter: Adapter, base: BaseWeights | None) -> Iterator[Finding]:
     """What is so of the tensors of the file, each read once; of an adapter in memory, of its factors."""
     if adapter.checkpoint is None:
+        wide = _Wide()
         for stored in _in_memory(adapter):
-            yield from _of_one(stored)
+            yield from _denormals(stored)
+            wide.note(stored)
+        yield from wide.findings()
         return
     unused = {item.tensor: item for item in adapter.unused}
-    for item in adapter.unused:
-        if "the base's own tensor" in item.reason:
-            yield Finding(
-                "base-copy",
-                "warning",
-                "",
-                f"{item.tensor!r} ({_size(item.nbytes)}) is {item.reason}. Leave it out.",
-            )
+    yield from _said_to_be_the_bases(adapter.unused)
     copies: dict[tuple[object, ...], list[str]] = {}
     owners = _owners(adapter)
+    wide = _Wide()
     for key in adapter.checkpoint:
         if not adapter.checkpoint.dtype(key).is_floating_point or math.prod(adapter.checkpoint.shape(key)) < 2:
             continue
         tensor = adapter.checkpoint[key]
         module, label = owners.get(key, ("", repr(key)))
-        yield from _of_one(_Stored(module, label, tensor))
+        stored = _Stored(module, label, tensor)
+        yield from _denormals(stored)
+        wide.note(stored)
         sample = _sample(tensor)
         varied = _is_varied(sample)
         if varied:
@@ -69,8 +71,21 @@ def storage_findings(adapter: Adapter, base: BaseWeights | None) -> Iterator[Fin
             yield Finding("nonfinite", "error", "", f"{key!r} holds NaN or infinities. Take an earlier checkpoint.")
         elif key in unused and base is not None and varied and "base's own" not in unused[key].reason:
             yield from _of_the_base(key, tensor, base)
+    yield from wide.findings()
     for keys in copies.values():
         yield from _copies(keys, adapter.checkpoint, owners)
+
+
+def _said_to_be_the_bases(unused: Sequence[Unused]) -> Iterator[Finding]:
+    """Tensors that are the base's by their names, one finding for each reason."""
+    by_reason: dict[str, list[Unused]] = {}
+    for item in unused:
+        if "the base's own tensor" in item.reason:
+            by_reason.setdefault(item.reason, []).append(item)
+    for reason, items in by_reason.items():
+        size = _size(sum(item.nbytes for item in items))
+        message = f"{_enumerated([repr(item.tensor) for item in items])} ({size}): {reason}. Leave that out."
+        yield Finding("base-copy", "warning", "", message)
 
 
 def _in_memory(adapter: Adapter) -> Iterator[_Stored]:
@@ -93,8 +108,30 @@ def _owners(adapter: Adapter) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _of_one(stored: _Stored) -> Iterator[Finding]:
-    """What one tensor shows by itself."""
+class _Wide:
+    """Tensors that are stored wider than they are, gathered so that one finding names those of a module."""
+
+    def __init__(self) -> None:
+        self._labels: dict[tuple[str, torch.dtype, torch.dtype], list[str]] = {}
+
+    def note(self, stored: _Stored) -> None:
+        """Remember a tensor if it is one of them."""
+        if narrower := _narrower(stored.tensor):
+            self._labels.setdefault((stored.module, stored.tensor.dtype, narrower), []).append(stored.label)
+
+    def findings(self) -> Iterator[Finding]:
+        """One for each module and dtype."""
+        for (module, dtype, narrower), labels in self._labels.items():
+            yield Finding(
+                "size-waste",
+                "info",
+                module,
+                f"{_enumerated(labels)} {'are' if len(labels) > 1 else 'is'} stored as {_named(dtype)}, and every "
+                f"number is a {_named(narrower)}: half of the bytes hold nothing. Store as {_named(narrower)}.",
+            )
+
+
+def _denormals(stored: _Stored) -> Iterator[Finding]:
     dtype = _named(stored.tensor.dtype)
     if _has_denormals(stored.tensor):
         yield Finding(
@@ -104,14 +141,6 @@ def _of_one(stored: _Stored) -> Iterator[Finding]:
             f"numbers of {stored.label} are denormal in {dtype} and have lost digits. Store it as "
             f"{'float32 or bfloat16' if stored.tensor.dtype.itemsize <= 2 else 'it was before it shrank'}, or scale it "
             "up and the other factor down.",
-        )
-    if narrower := _narrower(stored.tensor):
-        yield Finding(
-            "size-waste",
-            "info",
-            stored.module,
-            f"{stored.label} is stored as {dtype}, and every number of it is a {_named(narrower)}: half of the bytes "
-            f"hold nothing. Store it as {_named(narrower)}.",
         )
 
 
@@ -197,6 +226,12 @@ def _copies(keys: list[str], checkpoint: Checkpoint, owners: dict[str, tuple[str
                 "",
                 f"{first!r} and {equal[0]!r}{more} hold the same numbers, {size} of them needlessly. Leave one out.",
             )
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    rest = len(names) - _NAMED
+    return f"{', '.join(names[:_NAMED])} and {rest} more" if rest > 0 else " and ".join(names)
 
 
 def _size(nbytes: int) -> str:

@@ -15,6 +15,7 @@ from lora_analysis.cli.amplify import amplify
 from lora_analysis.cli.compare import compare, layers
 from lora_analysis.cli.inspect import inspect
 from lora_analysis.cli.layout import laid_out
+from lora_analysis.cli.output import wrapped
 from lora_analysis.cli.spectrum import spectrum
 
 NAMES = {
@@ -227,3 +228,13 @@ def test_numbers_in_names_are_kept_where_levels_share_them():
 def test_flags_empty_in_all_rows_have_no_column():
     page = laid_out(["module", "r", "flags"], [["q", "8", ""]], ["name", "number", "flags"], 80)
     assert page.heading.split() == ["module", "r"]
+
+
+def test_running_text_is_no_wider_than_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "the scale rests on a default " * 8
+    monkeypatch.setenv("COLUMNS", "50")
+    assert max(map(len, wrapped(text).splitlines())) > 50  # a pipe is no terminal
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert max(map(len, wrapped(text, hanging=39).splitlines())) <= 50
+    monkeypatch.setenv("COLUMNS", "200")
+    assert 70 < max(map(len, wrapped(text).splitlines())) <= 80

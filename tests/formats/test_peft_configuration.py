@@ -232,3 +232,10 @@ def test_an_activated_lora_acts_later_but_its_update_is_the_same(tmp_path: Path)
     adapter = load_adapter(folder)
     assert_equals_peft(adapter, model)
     assert adapter.notes == ("activated LoRA: the updates act from the invocation tokens on, and not before.",)
+
+
+def test_many_unknown_keys_that_are_not_set_make_a_short_note(tmp_path: Path) -> None:
+    folder = saved(trained(), tmp_path)
+    edited(folder, **{f"later_{i:03}": False for i in range(200)})
+    (note,) = load_adapter(folder).notes
+    assert note.endswith("'later_008', 'later_009' and 190 more.")

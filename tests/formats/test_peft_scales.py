@@ -205,3 +205,18 @@ def test_alphas_of_modules_are_refused_by_name(tmp_path: Path, ending: str, shap
     name = f"base_model.model.layers.0.q_proj.{ending}"
     with pytest.raises(UnsupportedAdapterError, match=f"'{name}': per-module alpha tensors, as diffusers and kohya"):
         load_adapter(with_tensor(tmp_path, name, torch.ones(shape)))
+
+
+def test_a_file_whose_r_is_chosen_for_each_module_has_one_note_of_it(tmp_path: Path) -> None:
+    tensors = {}
+    for i in range(300):
+        stem, r = f"base_model.model.layers.{i}.q", 1 + i % 64
+        tensors |= {f"{stem}.lora_A.weight": torch.randn(r, 8), f"{stem}.lora_B.weight": torch.randn(8, r)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 64, "lora_alpha": 16}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    others = sum(i % 64 != 63 for i in range(300)) - 1
+    assert load_adapter(tmp_path).notes == (
+        "layers.0.q: the configuration says r=64, the tensors have r=1; they win. "
+        f"The like of {others} others, with other numbers.",
+    )

@@ -320,3 +320,23 @@ def test_kernels_that_no_convolution_of_peft_has_are_refused(tmp_path: Path, tar
     update = LowRankUpdate(torch.ones(3, 1), torch.ones(1, 6), 1.0)
     with pytest.raises(UnsupportedAdapterError, match="'q': expected "):
         save_adapter(Adapter({"q": update}, targets={"q": target}), tmp_path / "out")
+
+
+def test_both_orientations_in_one_adapter_are_a_loss(tmp_path: Path) -> None:
+    """PEFT has one fan_in_fan_out: it asks the model's layers, and whoever has the file alone cannot."""
+    names = ("a", "b", "c")
+    targets = {name: Target(f"{name}.weight", transposed=name != "c") for name in names}
+    mixed = Adapter({name: low_rank() for name in names}, targets=targets)
+    with pytest.warns(UserWarning, match=r"1 module of weights that are not stored turned, .*first: 'c'.*fan_in_fan"):
+        save_adapter(mixed, tmp_path / "mixed")
+    save_adapter(Adapter({name: low_rank() for name in "ab"}, targets={n: targets[n] for n in "ab"}), tmp_path / "one")
+    assert {module.target.transposed for module in load_adapter(tmp_path / "one").modules.values()} == {True}
+
+
+@pytest.mark.parametrize("name", ["_orig_mod.q", "a._fsdp_wrapped_module.q", "x.base_layer", "x.base_layer.out_proj"])
+def test_names_that_are_other_ones_when_read_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        UnsupportedAdapterError, match=f"'{name}': expected the base's own name of this module, got one"
+    ):
+        save_adapter(Adapter({name: low_rank(), "x": low_rank()}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

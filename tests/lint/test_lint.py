@@ -19,7 +19,7 @@ from lora_analysis.adapter import Adapter
 from lora_analysis.base import load_base
 from lora_analysis.errors import AdapterFormatError
 from lora_analysis.formats import load_adapter
-from lora_analysis.lint import CODES, Finding, lint
+from lora_analysis.lint import CODES, SEVERITIES, Finding, lint
 from lora_analysis.lint.initial import looks_initial
 from lora_analysis.update import DenseUpdate, LowRankUpdate
 
@@ -130,7 +130,7 @@ def test_denormals_are_found_where_they_are_many(tmp_path: Path) -> None:
     tensors = {name: tensor.half() for name, tensor in factors_of("q").items()}
     tensors[f"{PREFIX}q.lora_B.weight"] *= 1e-4
     finding = only(lint(saved(tmp_path / "a", tensors)), "denormals")
-    assert "of B" in finding.message
+    assert "lora_B.weight" in finding.message
 
 
 def test_pattern_keys_that_match_nothing_are_found(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_pattern_keys_that_overlap_are_found_where_they_disagree(tmp_path: Path)
     )
     assert finding.module == "layers.0.q"
     agreeing = {"q": 16, r"layers\.0\.q": 16}
-    assert lint(saved(tmp_path / "b", tensors, alpha_pattern=agreeing)) == []
+    only(lint(saved(tmp_path / "b", tensors, alpha_pattern=agreeing)), "duplicate-key")
 
 
 def test_a_missing_alpha_is_found(tmp_path: Path) -> None:
@@ -240,12 +240,103 @@ def test_directions_that_add_nothing_are_found(tmp_path: Path) -> None:
 
 def test_bfloat16_numbers_in_float32_are_found(tmp_path: Path) -> None:
     tensors = {name: tensor.bfloat16().float() for name, tensor in factors_of("q").items()}
-    assert only(lint(saved(tmp_path / "a", tensors)), "size-waste").severity == "info"
+    finding = only(lint(saved(tmp_path / "a", tensors)), "size-waste")
+    assert (finding.module, finding.severity) == ("q", "info")
+    assert finding.message.startswith("lora_A.weight and lora_B.weight are stored as float32")
+
+
+def test_many_full_tensors_that_are_too_wide_are_one_finding(tmp_path: Path) -> None:
+    biases = {f"{PREFIX}layers.{i}.bias": torch.randn(32).bfloat16().float() for i in range(9)}
+    finding = only(lint(saved(tmp_path / "a", factors_of("q") | biases, bias="all")), "size-waste")
+    assert finding.module == ""
+    assert "layers.2.bias' and 6 more are stored as float32" in finding.message
 
 
 def test_the_bases_own_tensors_in_the_file_are_found(tmp_path: Path) -> None:
     tensors = factors_of("q") | {f"{PREFIX}head.original_module.weight": torch.randn(3, 4)}
-    only(lint(saved(tmp_path / "a", tensors)), "duplicate-tensor")
+    only(lint(saved(tmp_path / "a", tensors)), "base-copy")
+    tensors |= {f"{PREFIX}head.original_module.{i}.weight": torch.randn(3, 4) for i in range(9)}
+    assert "7 more (480 B)" in only(lint(saved(tmp_path / "b", tensors)), "base-copy").message
+
+
+def test_the_same_numbers_twice_are_found(tmp_path: Path) -> None:
+    tensors = factors_of("q", "k")
+    tensors[f"{PREFIX}k.lora_A.weight"] = tensors[f"{PREFIX}q.lora_A.weight"].clone()
+    finding = only(lint(saved(tmp_path / "a", tensors)), "duplicate-tensor")
+    assert (finding.module, finding.severity) == ("k", "info")
+    head = torch.randn(5, 4)
+    tensors = factors_of("q") | {f"{PREFIX}head.weight": head, f"{PREFIX}head.modules_to_save.weight": head.clone()}
+    assert only(lint(saved(tmp_path / "b", tensors)), "duplicate-tensor").severity == "warning"
+
+
+def test_a_full_tensor_that_equals_the_bases_is_found(tmp_path: Path) -> None:
+    head = torch.randn(5, 8)
+    path = saved(tmp_path / "a", factors_of("q") | {f"{PREFIX}head.weight": head}, modules_to_save=["head"])
+    weights = {"q.weight": torch.randn(24, 32), "head.weight": head}
+    assert "equals the base's 'head.weight'" in only(lint(path, load_base(weights)), "base-copy").message
+    assert lint(path, load_base(weights | {"head.weight": head + 1})) == []
+
+
+def test_activated_lora_is_found_because_others_apply_it_everywhere(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a", factors_of("q"), alora_invocation_tokens=[1, 2])
+    assert only(lint(path), "alora-not-portable").severity == "info"
+
+
+def test_magnitudes_that_nothing_announces_are_found(tmp_path: Path) -> None:
+    tensors = factors_of("q") | {f"{PREFIX}q.lora_magnitude_vector": torch.rand(24)}
+    found = {finding.code: finding for finding in lint(saved(tmp_path / "a", tensors, use_dora=False))}
+    assert (found["dora-contradicted"].module, found["dora-contradicted"].severity) == ("q", "error")
+
+
+def test_a_key_that_the_configuration_holds_twice_is_found(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a", factors_of("q"))
+    text = (path / "adapter_config.json").read_text()
+    (path / "adapter_config.json").write_text(text.replace("{", '{"lora_alpha": 64, ', 1))
+    assert "'lora_alpha' twice" in only(lint(path), "duplicate-key").message
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "model.*q_proj"])
+def test_a_module_that_target_modules_does_not_find_is_found(tmp_path: Path, targets: list[str] | str) -> None:
+    path = saved(tmp_path / "a", factors_of("model.0.q_proj", "model.0.v_proj"), target_modules=targets)
+    finding = only(lint(path), "module-untargeted")
+    assert (finding.module, finding.severity) == ("model.0.v_proj", "error")
+
+
+def test_the_out_proj_of_pefts_attention_is_found(tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mha = nn.MultiheadAttention(32, 4)
+
+    model = peft.get_peft_model(Attention(), peft.LoraConfig(r=4, target_modules=["mha"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "a")
+    found = [finding for finding in lint(tmp_path / "a") if finding.code == "merged-twice"]
+    assert [finding.module for finding in found] == ["mha.out_proj"]
+
+
+def test_projections_that_have_to_be_drawn_again_are_found(tmp_path: Path) -> None:
+    layers = nn.Sequential(nn.Linear(32, 32))
+    base = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
+    with pytest.warns(UserWarning, match="not save vera_A"):
+        config = peft.VeraConfig(r=4, target_modules=["0"], save_projection=False, init_weights=False)
+    peft.get_peft_model(layers, config).save_pretrained(tmp_path / "a")
+    found = [finding for finding in lint(tmp_path / "a", load_base(base)) if finding.severity != "undecided"]
+    assert only(found, "projections-missing").module == ""
+    assert codes(lint(tmp_path / "a")) == ["ambiguous-layout"]
+
+
+def test_blocks_of_a_fused_weight_are_found_for_their_alpha(tmp_path: Path) -> None:
+    ups, downs = [torch.randn(24, 4) for _ in "qkv"], [torch.randn(4, 32) for _ in "qkv"]
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {
+        f"{stem}.lora_up.weight": torch.block_diag(*ups),
+        f"{stem}.lora_down.weight": torch.cat(downs),
+        f"{stem}.alpha": torch.tensor(4.0),
+    }
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_network_dim": "4", "ss_network_alpha": "4.0"})
+    found = lint(tmp_path / "a.safetensors")
+    assert codes(found) == ["split-qkv-alpha"] * 3
+    assert [finding.module.removeprefix(f"{stem}.") for finding in found] == ["q", "k", "v"]
 
 
 def test_every_code_is_described_and_every_finding_names_its_cure(tmp_path: Path) -> None:
@@ -254,7 +345,7 @@ def test_every_code_is_described_and_every_finding_names_its_cure(tmp_path: Path
     found = lint(saved(tmp_path / "a", tensors, use_rslora=True, r=9, alpha_pattern={"x": 1}))
     assert len(found) >= 5
     for finding in found:
-        assert finding.code in CODES
+        assert finding.severity in SEVERITIES[finding.code]
         assert "\n" not in finding.message
         assert finding.message.endswith(".")
 
@@ -295,8 +386,28 @@ def test_exit_codes_say_clean_error_findings_undecided(tmp_path: Path) -> None:
 def test_modules_that_share_a_finding_share_a_line(tmp_path: Path) -> None:
     tensors = factors_of(*(f"layers.{i}.q" for i in range(9)), d_out=3)
     printed = run(str(saved(tmp_path / "a", tensors))).stdout
-    assert printed.count("\n") == 1
-    assert "layers.0.q, layers.1.q, layers.2.q and 6 more: r=4 exceeds" in printed
+    first, *cure = printed.splitlines()
+    assert first == "warning[r-exceeds-d] layers.0.q, layers.1.q, layers.2.q and 6 more"
+    assert " ".join(map(str.strip, cure)).startswith("r=4 exceeds the smaller side of 3x32")
+    assert len(cure) == 2
+
+
+def test_codes_are_listed_and_ignored_by_name_or_severity(tmp_path: Path) -> None:
+    listed = run("--codes")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert [line.split()[0] for line in listed.stdout.splitlines() if not line.startswith(" ")] == sorted(CODES)
+    assert max(map(len, listed.stdout.splitlines())) <= 80
+    portable = str(saved(tmp_path / "a", factors_of("q"), use_rslora=True))
+    assert run(portable).returncode == 3
+    assert run(portable, "--ignore", "info").returncode == 0
+    assert run(portable, "--ignore", "warning").returncode == 3
+    wrong = run(portable, "--ignore", "rslora-not-portible")
+    assert wrong.returncode == 2
+    assert "Did you mean rslora-not-portable?" in " ".join(wrong.stderr.split())
+
+
+def test_every_code_has_severities() -> None:
+    assert list(SEVERITIES) == list(CODES) == sorted(CODES)
 
 
 def test_the_real_peft_adapters_hold_no_errors(shared_adapters: Path) -> None:

@@ -6,7 +6,7 @@ version with other mathematics: it is refused where it is set, and named in a no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_analysis.errors import UnsupportedAdapterError
@@ -79,6 +79,8 @@ EARLIER_WITHOUT_EFFECT = (
 )
 """Keys of earlier versions and of other trainers that build on PEFT."""
 
+_MOST_NAMED = 10
+
 
 def require_known(config: Mapping[str, Any], where: str) -> list[str]:
     """Refuse options that change the update and are not read; a note of the unknown ones that are not set.
@@ -91,15 +93,25 @@ def require_known(config: Mapping[str, Any], where: str) -> list[str]:
     for option, title in (REFUSED | EARLIER_REFUSED).items():
         if config.get(option):
             raise UnsupportedAdapterError(f"{where}: {option} is set: {title}, which is not read yet.")
-    known = {*READ, *WITHOUT_EFFECT, *REFUSED, *EARLIER_REFUSED, *EARLIER_WITHOUT_EFFECT}
-    unknown = sorted(key for key in config if key not in known)
-    for option in unknown:
-        if config[option]:
-            shown = option if option.isidentifier() else repr(option)
-            raise UnsupportedAdapterError(
-                f"{where}: {shown} is set, an option that may change the update and is not known here. "
-                "Take it out of adapter_config.json if it does not."
-            )
+    return refuse_unknown(config, {*READ, *WITHOUT_EFFECT, *REFUSED, *EARLIER_REFUSED, *EARLIER_WITHOUT_EFFECT}, where)
+
+
+def refuse_unknown(config: Mapping[str, Any], known: Collection[str], where: str) -> list[str]:
+    """Refuse options that are set and not known here; a note of those that are not set, a few of them by name.
+
+    Raises
+    ------
+    UnsupportedAdapterError
+        If such an option is set: a later version of PEFT may have other mathematics under it.
+    """
+    unknown = sorted(option for option in config if option not in known)
+    if option := next((option for option in unknown if config[option]), None):
+        raise UnsupportedAdapterError(
+            f"{where}: {option if option.isidentifier() else repr(option)} is set, an option that may change the "
+            "update and is not known here. Take it out of adapter_config.json if it does not."
+        )
     if not unknown:
         return []
-    return [f"configuration keys not known here, none of them set: {', '.join(map(repr, unknown))}."]
+    more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
+    named = ", ".join(map(repr, unknown[:_MOST_NAMED]))
+    return [f"configuration keys not known here, none of them set: {named}{more}."]

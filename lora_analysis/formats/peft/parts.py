@@ -22,7 +22,7 @@ from lora_analysis.checkpoint import Checkpoint
 from lora_analysis.errors import AdapterFormatError, UnsupportedAdapterError
 from lora_analysis.formats.ledger import unused_tensors
 from lora_analysis.formats.options import ReadOptions
-from lora_analysis.formats.peft.configuration import shown
+from lora_analysis.formats.peft.fields import refuse_unknown
 from lora_analysis.formats.peft.lora import reason
 from lora_analysis.formats.peft.names import module_name, plain
 
@@ -154,20 +154,8 @@ def require_parts(where: str, module: str, parts: Parts, *needed: str) -> None:
 
 
 def require_fields(config: Mapping[str, Any], fields: Collection[str], where: str) -> list[str]:
-    """Refuse options that are set and not known here; a note of those that are not set.
-
-    Raises
-    ------
-    UnsupportedAdapterError
-        If such an option is set: a later version of PEFT may have other mathematics under it.
-    """
-    unknown = [option for option in config if option not in _COMMON_FIELDS and option not in fields]
-    if option := next((option for option in unknown if config[option]), None):
-        raise UnsupportedAdapterError(
-            f"{where}: {shown(option)} is set, an option that may change the update and is not known here. "
-            "Take it out of adapter_config.json if it does not."
-        )
-    return [f"configuration keys not known here, none of them set: {', '.join(map(repr, unknown))}."] * bool(unknown)
+    """Refuse options that are set and that neither this family nor all of PEFT's have; a note of the unset ones."""
+    return refuse_unknown(config, {*_COMMON_FIELDS, *fields}, where)
 
 
 def refuse_options(options: ReadOptions, family: str) -> None:

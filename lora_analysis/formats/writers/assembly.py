@@ -11,6 +11,7 @@ import torch
 from lora_analysis.adapter import Adapter, Module
 from lora_analysis.base import BaseWeights
 from lora_analysis.errors import UndefinedUpdateError, UnsupportedAdapterError
+from lora_analysis.formats.options import MAX_ALPHA
 from lora_analysis.formats.writers.parts import Part, in_dtype, refactored, scaled
 from lora_analysis.update import LowRankUpdate, Update
 
@@ -80,6 +81,12 @@ def _part(adapter: Adapter, name: str, module: Module, r: int | None, dtype: tor
         raise UnsupportedAdapterError(
             f"{where}: expected an update of a whole matrix to save, got one of a slice of {module.target.tensor!r}, "
             f"{kind}: these are read, and not written in any format."
+        )
+    # By which every format's alpha is bounded when it is read.
+    if math.isfinite(module.scale) and abs(module.scale) * module.r > MAX_ALPHA:
+        raise UnsupportedAdapterError(
+            f"{where}: expected a plausible scale to save, got {module.scale:g}. Multiply the factors by it and give "
+            "them a scale of 1."
         )
     update = adapter[name]
     if not (math.isfinite(update.scale) and getattr(update, "finite", True)):

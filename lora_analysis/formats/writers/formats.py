@@ -18,17 +18,20 @@ class Writer(NamedTuple):
         Parts, the adapter, where to, and options.
     files : tuple of str
         What it puts into the directory that it is given; () if it is given a file's path.
+    suffix : str
+        How that file's name ends.
     """
 
     write: Callable[[Sequence[Part], Adapter, Path, WriteOptions], Written]
     files: tuple[str, ...] = ()
+    suffix: str = ""
 
 
 WRITERS: Mapping[str, Writer] = {
     "peft": Writer(peft.write, ("adapter_model.safetensors", "adapter_config.json")),
-    "kohya": Writer(kohya.write),
-    "diffusers": Writer(diffusers.write),
+    "kohya": Writer(kohya.write, suffix=".safetensors"),
+    "diffusers": Writer(diffusers.write, suffix=".safetensors"),
     "mlx": Writer(mlx.write, ("adapters.safetensors", "adapter_config.json")),
-    "gguf": Writer(gguf.write),
+    "gguf": Writer(gguf.write, suffix=".gguf"),
 }
 """Format to what writes it."""

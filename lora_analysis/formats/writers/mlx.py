@@ -17,7 +17,11 @@ from lora_analysis.formats.saving import put_in_place, safetensors_writer
 from lora_analysis.formats.writers.folding import with_one_scale
 from lora_analysis.formats.writers.losses import count
 from lora_analysis.formats.writers.parts import Part, WriteOptions, Written, in_dtype
-from lora_analysis.formats.writers.refusals import refuse_convolutions, require_base_names
+from lora_analysis.formats.writers.refusals import (
+    refuse_convolutions,
+    require_base_names,
+    require_magnitudes_of_outputs,
+)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What MLX has on every device."""
@@ -33,6 +37,7 @@ def write(parts: Sequence[Part], adapter: Adapter, path: Path, options: WriteOpt
         raise UnsupportedAdapterError(
             f"{adapter.source}: expected DoRA on all modules or on none, as mlx's fine_tune_type has it, got both."
         )
+    require_magnitudes_of_outputs(adapter.source, parts, "mlx")
     scale, folded, losses = with_one_scale(adapter.source, parts, "scale", lambda part: 1)
     folded = [
         part if {part.up.dtype, part.down.dtype} <= {*_DTYPES} else in_dtype(adapter.source, part, torch.float32)

@@ -15,10 +15,12 @@ from torch import Tensor
 from lora_analysis.adapter import Adapter, Target
 from lora_analysis.errors import UnsupportedAdapterError
 from lora_analysis.formats.patterns import PatternKeys
+from lora_analysis.formats.peft.names import plain
 from lora_analysis.formats.saving import put_in_place, safetensors_writer
 from lora_analysis.formats.writers.components import COMPONENTS
+from lora_analysis.formats.writers.losses import count
 from lora_analysis.formats.writers.parts import Part, WriteOptions, Written
-from lora_analysis.formats.writers.refusals import require_base_names
+from lora_analysis.formats.writers.refusals import require_base_names, require_magnitudes_of_outputs
 
 _OF_PIPELINES = ("diffusers", "kohya", "lycoris")
 """Formats whose names begin with the component of a pipeline, where other models may have a module of that name."""
@@ -35,7 +37,7 @@ def write(parts: Sequence[Part], adapter: Adapter, path: Path, options: WriteOpt
         stem = f"base_model.model.{names[part.name]}"
         tensors |= _tensors(stem, part)
         if dora:
-            tensors[f"{stem}.lora_magnitude_vector"] = _magnitude(adapter.source, part)
+            tensors[f"{stem}.lora_magnitude_vector"] = _magnitude(part)
     modules = {names[part.name]: part for part in parts}
     text = json.dumps(_configuration(adapter.config, modules, dora), indent=2, sort_keys=True) + "\n"
     put_in_place(
@@ -45,7 +47,7 @@ def write(parts: Sequence[Part], adapter: Adapter, path: Path, options: WriteOpt
             "adapter_config.json": lambda file: file.write_text(text, encoding="utf-8"),
         },
     )
-    return Written(parts, names, losses)
+    return Written(parts, names, (*losses, *_orientations(parts)))
 
 
 def _names_in_one_model(adapter: Adapter, parts: Sequence[Part]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -64,6 +66,11 @@ def _names_in_one_model(adapter: Adapter, parts: Sequence[Part]) -> tuple[dict[s
 
 def _require_place(source: str, part: Part) -> None:
     """Refuse a module that PEFT's LoRA has no place for."""
+    if plain(part.name) != part.name or "base_layer" in part.name.split("."):
+        raise UnsupportedAdapterError(
+            f"{source}: {part.name!r}: expected the base's own name of this module, got one with what compile, FSDP or "
+            "PEFT put into it, which is no part of it when the file is read. Leave that out."
+        )
     target = part.target
     whole = Target(f"{part.name}.weight", transposed=target.transposed, kernel=target.kernel)
     if target != whole or (target.transposed and target.kernel):
@@ -77,6 +84,18 @@ def _require_place(source: str, part: Part) -> None:
         )
 
 
+def _orientations(parts: Sequence[Part]) -> tuple[str, ...]:
+    """What is lost where some linear weights are stored turned and others are not: the configuration has one flag."""
+    linear = [part for part in parts if not part.embedding and not part.target.kernel]
+    straight = [part.name for part in linear if not part.target.transposed]
+    if len(straight) in (0, len(linear)):
+        return ()
+    return (
+        f"{count(len(straight), 'module')} of weights that are not stored turned, beside others that are (first: "
+        f"{straight[0]!r}): PEFT has one fan_in_fan_out for all, and tells them apart by the model's layers only.",
+    )
+
+
 def _use_dora(source: str, parts: Sequence[Part]) -> bool:
     """Whether the modules have magnitudes: all, as PEFT knows them, or none."""
     without = [part.name for part in parts if part.magnitude is None]
@@ -87,10 +106,7 @@ def _use_dora(source: str, parts: Sequence[Part]) -> bool:
             f"{source}: {without[0]!r}: expected DoRA's magnitudes of every module or of none, as PEFT has one "
             "use_dora for all; this one has none."
         )
-    if odd := next((part.name for part in parts if part.magnitude_axis != 1), None):
-        raise UnsupportedAdapterError(
-            f"{source}: {odd!r}: expected one magnitude for each output, as PEFT's, got one for each input."
-        )
+    require_magnitudes_of_outputs(source, parts, "peft")
     return True
 
 
@@ -101,13 +117,9 @@ def _tensors(stem: str, part: Part) -> dict[str, Tensor]:
     return {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
 
 
-def _magnitude(source: str, part: Part) -> Tensor:
+def _magnitude(part: Part) -> Tensor:
     assert part.magnitude is not None
     magnitude = part.magnitude.flatten()
-    if len(magnitude) != len(part.up):
-        raise UnsupportedAdapterError(
-            f"{source}: {part.name!r}: expected {len(part.up)} magnitudes, one for each output, got {len(magnitude)}."
-        )
     return magnitude.reshape(1, -1, *(1 for _ in part.target.kernel)) if part.target.kernel else magnitude
 
 

@@ -24,6 +24,23 @@ def refuse_magnitudes(source: str, parts: Iterable[Part], format: str) -> None:
         )
 
 
+def require_magnitudes_of_outputs(source: str, parts: Iterable[Part], format: str) -> None:
+    """Refuse magnitudes that are not one for each output, as DoRA's of peft and mlx are."""
+    for part in parts:
+        if part.magnitude is None:
+            continue
+        if part.magnitude_axis != 1:
+            raise UnsupportedAdapterError(
+                f"{source}: {part.name!r}: expected one magnitude for each output, as {format}'s, got one for each "
+                "input. Read it with base= and cut the true update to r=."
+            )
+        if part.magnitude.numel() != len(part.up):
+            raise UnsupportedAdapterError(
+                f"{source}: {part.name!r}: expected {len(part.up)} magnitudes, one for each output, got "
+                f"{part.magnitude.numel()}."
+            )
+
+
 def refuse_embeddings(source: str, parts: Iterable[Part], format: str) -> None:
     """Refuse embeddings for a format that has another layout for them."""
     if part := next((part for part in parts if part.embedding), None):

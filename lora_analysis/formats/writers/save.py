@@ -69,12 +69,13 @@ def save_adapter(
     UndefinedUpdateError
         If the scale of a module is unknown, or its numbers are not finite.
     ValueError
-        If there is nothing to write, or something else where it is to be written.
+        If there is nothing to write, something else where it is to be written, or ``directory`` is called like a file
+        of another format.
     """
     if format not in WRITERS:
         raise ValueError(f"format: expected one of {', '.join(WRITERS)}, got {format!r}.")
     path, writer = Path(directory), WRITERS[format]
-    require_destination(path, writer.files, WEIGHTS)
+    require_destination(path, writer.files, WEIGHTS, writer.suffix)
     parts = parts_of(adapter, r=r, dtype=dtype, base=base)
     written = writer.write(parts, adapter, path, WriteOptions(component, architecture, heads))
     # What was rounded to zero altogether is off by its whole norm.
