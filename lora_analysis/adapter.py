@@ -15,6 +15,7 @@ Values
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -230,12 +231,13 @@ class Adapter(Mapping[str, Update]):
         metadata: Mapping[str, str] | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> Adapter:
-        """An adapter of a file, as a reader describes it."""
+        """An adapter of a file, as a reader describes it, its modules in the order of the base's layers."""
         adapter = cls({}, source=source)
         adapter.format = format
         adapter.config = dict(config or {})
         adapter.metadata = dict(metadata or {})
-        adapter.modules = dict(contents.modules)
+        # Blocks of one weight stay in the reader's order, q before k.
+        adapter.modules = dict(sorted(contents.modules.items(), key=lambda item: _natural(item[1].target.tensor)))
         adapter.unused = contents.unused
         adapter.notes = contents.notes
         adapter.checkpoint = checkpoint
@@ -284,3 +286,15 @@ class Adapter(Mapping[str, Update]):
 
 def _from_memory(updates: Mapping[str, Update], targets: Mapping[str, Target], source: str) -> Adapter:
     return Adapter(updates, targets=targets, source=source)
+
+
+def _natural(tensor: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 2 before layer 10.
+
+    Numbers are compared by length, then as text: names of a file may hold more digits than ``int`` accepts.
+    """
+    key = []
+    for i, part in enumerate(re.split(r"([0-9]+)", tensor.removesuffix(".weight"))):
+        digits = part.lstrip("0")
+        key.append((len(digits), digits) if i % 2 else (-1, part))
+    return key

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
-
-import typer
 
 from lora_analysis.base import load_base
 from lora_analysis.cli import options
@@ -25,7 +22,7 @@ from lora_analysis.tables import amplification_table
 
 def amplify(
     adapters: options.Adapters,
-    base: Annotated[str, typer.Option(help="Base model: a file, a sharded directory, or an index of shards.")],
+    base: options.RequiredBase,
     ks: options.Ks = None,
     draws: options.Draws = 999,
     seed: options.Seed = 0,

@@ -18,7 +18,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def convert(
     adapter: options.OneAdapter,
-    destination: Annotated[Path, typer.Argument(help="A directory for peft and mlx, a file for the others.")],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DESTINATION", help="A directory for peft and mlx, a file for the others.")
+    ],
     to: Annotated[Literal["peft", "kohya", "diffusers", "mlx", "gguf"], typer.Option(help="The format to write.")],
     r: Annotated[
         int | None, typer.Option(help="Cut what is no product of r columns to its best rank-r part.", min=1)

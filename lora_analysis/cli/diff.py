@@ -23,8 +23,10 @@ from lora_analysis.tables.frames import records
 
 
 def diff(
-    tuned: Annotated[str, typer.Argument(help="Fine-tuned weights: a file, a sharded directory, or an index.")],
-    base: Annotated[str, typer.Argument(help="Weights before: the same.")],
+    tuned: Annotated[
+        str, typer.Argument(metavar="TUNED", help="Fine-tuned weights: a file, a folder, a hub id or a URL.")
+    ],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The weights before.")],
     r: Annotated[int | None, typer.Option(help="Keep the first r singular triples of each difference.", min=1)] = None,
     energy: Annotated[
         float | None, typer.Option(help="Keep as many as hold this share of ‖ΔW‖², such as 0.9.", max=1.0)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
-
-import typer
 
 from lora_analysis.base import load_base
 from lora_analysis.cli import options
@@ -15,7 +12,7 @@ from lora_analysis.tables import magnitude_table
 
 def magnitude(
     adapters: options.Adapters,
-    base: Annotated[str, typer.Option(help="Base model: a file, a sharded directory, or an index of shards.")],
+    base: options.RequiredBase,
     format: options.Format = None,
     alpha: options.Alpha = None,
     split: options.Split = None,

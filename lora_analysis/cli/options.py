@@ -79,8 +79,8 @@ def _checked_pairs(value: list[str] | None) -> list[str] | None:
     return value
 
 
-Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Directories or files of adapters.")]
-OneAdapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="A directory or file of an adapter.")]
+Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Folders, files, hub ids or URLs of adapters.")]
+OneAdapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder, file, hub id or URL of an adapter.")]
 Format = Annotated[
     str | None,
     typer.Option(
@@ -92,12 +92,17 @@ Alpha = Annotated[
     float | None,
     typer.Option(help="lora_alpha of training, where the file does not hold it.", callback=_checked_alpha),
 ]
-Base = Annotated[str | None, typer.Option(help="Base model: a file, a sharded directory, or an index of shards.")]
+_BASE = typer.Option(help="The base model: a file, a folder, a hub id or a URL.")
+Base = Annotated[str | None, _BASE]
+RequiredBase = Annotated[str, _BASE]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of an adapter on the Hugging Face hub.")]
 BaseRevision = Annotated[str | None, typer.Option(help="The same of the base.")]
 Split = Annotated[
     str | None,
-    typer.Option(help="Adapted slots of a fused q,k,v weight (loralib), such as q,v.", callback=_checked_split),
+    typer.Option(
+        help="Adapted slots of a fused q,k,v weight (loralib), such as q,v; the blocks to cut it into (peft).",
+        callback=_checked_split,
+    ),
 ]
 Initial = Annotated[
     str | None, typer.Option(help="The adapter training started from, where it was subtracted from the base (PiSSA).")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,9 +160,6 @@ def load_adapter(
         note = f"the adapter_config.json beside the file is not looked at: {chosen.NAME!r} has none."
         contents = replace(contents, notes=(*contents.notes, note))
     _require_floating(contents, checkpoint, where)
-    # By the base's modules; blocks of one weight stay in the reader's order, q before k.
-    ordered = sorted(contents.modules.items(), key=lambda item: _natural(item[1].target.tensor.removesuffix(".weight")))
-    contents = replace(contents, modules=dict(ordered))
     # Base and initial factors as they were opened: their paths may be relative, too.
     arguments = {
         "format": format,
@@ -187,18 +183,6 @@ def load_adapter(
         # Another process may be in another folder.
         origin=Origin(_reopened, (place.absolute() if isinstance(place, Path) else source, arguments, where)),
     )
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 2 before layer 10.
-
-    Numbers are compared by length, then as text: names of a file may hold more digits than ``int`` accepts.
-    """
-    key = []
-    for i, part in enumerate(re.split(r"([0-9]+)", name)):
-        digits = part.lstrip("0")
-        key.append((len(digits), digits) if i % 2 else (-1, part))
-    return key
 
 
 def _require_floating(contents: Contents, checkpoint: Checkpoint, where: str) -> None:

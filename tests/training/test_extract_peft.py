@@ -184,7 +184,7 @@ def test_a_model_with_injected_layers_is_no_model_of_peft_and_reads_alike() -> N
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["lin", "conv"]), model)
     randomise(model)
     adapter = training.extract(model)
-    assert list(adapter) == ["lin", "conv"]
+    assert list(adapter) == ["conv", "lin"]
     for name in adapter:
         delta = getattr(model, name).get_delta_weight("default").detach().flatten(1)
         np.testing.assert_allclose(adapter[name].dense().numpy(), delta.numpy(), atol=1e-5)
