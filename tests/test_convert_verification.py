@@ -117,6 +117,21 @@ def test_a_writer_of_other_modules_is_caught(
     assert everything_in(tmp_path) == {}
 
 
+@pytest.mark.parametrize("to", ["peft", "mlx"])
+def test_magnitudes_written_along_another_axis_are_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    """Those of a square weight are as many either way, so that their numbers alone would not show it."""
+    adapter = Adapter({FIRST: LowRankUpdate(torch.randn(8, 2), torch.randn(2, 8), 1.5)})
+    magnitude = torch.rand(8) + 1
+    described = replace(adapter.modules[FIRST], magnitude=lambda: magnitude, flags=("dora-low-rank-part",))
+    adapter.modules = {FIRST: replace(described, magnitude_axis=0)}
+    mutate(monkeypatch, to, lambda parts: [replace(part, magnitude_axis=1) for part in parts])
+    with pytest.raises(LoraAnalysisError, match=f"'{FIRST}' has another magnitude of DoRA"):
+        convert(adapter, tmp_path / "out", to=to)
+    assert everything_in(tmp_path) == {}
+
+
 def fused() -> tuple[Adapter, dict[str, Tensor]]:
     """Two blocks of three, of 8 rows each."""
     rows = {"q": (0, 8), "v": (16, 24)}
