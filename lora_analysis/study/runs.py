@@ -144,7 +144,7 @@ def execute(run: Run, settings: Settings, task: TextTask, means: Tensor, parent:
     scratch = parent / f".{run.name}.{os.getpid()}"
     save_adapter(extract(model, source=run.name), scratch)
     save_file(
-        {f"{name}.lora_A0": layer.lora_A0 for name, layer in lora_layers(model).items()},
+        {f"{name}.lora_A0": layer.factors.lora_A0 for name, layer in lora_layers(model).items()},
         scratch / "initial.safetensors",
     )
     (scratch / "run.json").write_text(json.dumps(record) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """The LoRA core: adapt any PyTorch model, train it, and hand the updates to the microscope.
 
-A tour. Adapting freezes the model and wraps the chosen layers; training moves only the factors;
-``extract`` gives an ``Adapter`` like one read from a file; ``merge`` folds the updates into the weights
+A tour. Adapting freezes the model and puts trainable factors beside the chosen weights; training moves only the
+factors; ``extract`` gives an ``Adapter`` like one read from a file; ``merge`` folds the updates into the weights
 and ``unmerge`` takes them out again, bit for bit.
 
 >>> import torch
@@ -19,17 +19,48 @@ LowRankUpdate(16x8, r=4, scale=2, torch.float32)
 >>> training.merge(model)
 >>> training.unmerge(model)
 
-The initial A stays beside the trained one, because A is mostly its initialisation:
-``lora_layers(model)["0"].lora_A0``.
+The initial factors stay beside the trained ones, because A is mostly its initialisation:
+``lora_layers(model)["0"].factors.lora_A0``.
 
 References
 ----------
 Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
 """
 
-from lora_analysis.training.extract import attach, extract
+from lora_analysis.training.accounting import checkpoint_bytes, lora_count, parameter_count
+from lora_analysis.training.attach import attach
+from lora_analysis.training.extract import extract
+from lora_analysis.training.factors import LoraFactors
 from lora_analysis.training.inject import inject
-from lora_analysis.training.layers import LoraLayer, lora_layers, merge, unmerge
+from lora_analysis.training.layers import LoraLayer, LoraParameter, lora_layers, sites
 from lora_analysis.training.loop import train
+from lora_analysis.training.memory import measured_memory, peak_memory, training_memory
+from lora_analysis.training.merging import merge, merge_and_unload, unmerge
+from lora_analysis.training.switching import activate, adapters, remove
+from lora_analysis.training.system_claims import gpt3_175b, system_claims
 
-__all__ = ["LoraLayer", "attach", "extract", "inject", "lora_layers", "merge", "train", "unmerge"]
+__all__ = [
+    "LoraFactors",
+    "LoraLayer",
+    "LoraParameter",
+    "activate",
+    "adapters",
+    "attach",
+    "checkpoint_bytes",
+    "extract",
+    "gpt3_175b",
+    "inject",
+    "lora_count",
+    "lora_layers",
+    "measured_memory",
+    "merge",
+    "merge_and_unload",
+    "parameter_count",
+    "peak_memory",
+    "remove",
+    "sites",
+    "system_claims",
+    "train",
+    "training_memory",
+    "unmerge",
+]

@@ -1,40 +1,50 @@
-"""Between a live model and an ``Adapter``: reading the LoRA layers out, and putting an adapter on.
+"""Reading the updates of a live model out, as an adapter like one read from a file.
 
 Values
 ------
-``extract``, ``attach``.
+``extract``.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
+from typing import Literal, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lora_analysis.adapter import Adapter, Target
-from lora_analysis.errors import BaseWeightsError, UndefinedUpdateError, UnsupportedAdapterError
-from lora_analysis.training.inject import (
-    Place,
-    matrix_shape,
-    peft_layers,
-    places,
-    put,
-    refusal,
-    require_dropout,
-    require_unadapted,
-)
-from lora_analysis.training.layers import LoraLayer, lora_layers
+from lora_analysis.adapter import Adapter, Contents, Module, Origin, Target
+from lora_analysis.formats.peft.lora import LOW_RANK_PART
+from lora_analysis.formats.products import true_update
+from lora_analysis.training.factors import LoraFactors
+from lora_analysis.training.kinds import EMBEDDING
+from lora_analysis.training.layers import LoraLayer, Site, sites
+from lora_analysis.training.merging import parametrized, stored_weight
 from lora_analysis.training.peft_model import extract_peft
-from lora_analysis.update import LowRankUpdate
+from lora_analysis.training.switching import adapters
+from lora_analysis.training.targets import peft_layers
+from lora_analysis.update import DenseUpdate, LowRankUpdate, Update
+
+Given = TypeVar("Given")
+
+Dora = Literal["update", "factors"]
+"""What of DoRA: all it changes of the weight, or its factors and magnitudes apart, as files hold them."""
 
 
 def extract(
-    model: nn.Module, *, source: str = "model", name: str | None = None, initial: Adapter | None = None
+    model: nn.Module,
+    *,
+    source: str = "model",
+    name: str | None = None,
+    initial: Adapter | None = None,
+    dora: Dora = "update",
 ) -> Adapter:
     """The updates of a model's LoRA layers, as an adapter like one read from a file.
 
     The factors are copies, on the model's device; later training does not move them. A merged model
-    gives the same updates as an unmerged one.
+    gives the same updates as an unmerged one. An update that is less what it began with (PiSSA) has twice the r.
 
     Parameters
     ----------
@@ -44,15 +54,19 @@ def extract(
     source : str
         What to call it in tables.
     name : str, optional
-        Which adapter, in a model of peft with several.
+        Which adapter, in a model with several.
     initial : Adapter, optional
         The factors that training started from, where peft subtracted them from the base (PiSSA and its like). Taken
-        before training with ``initial=Adapter({})``, which subtracts nothing.
+        before training with ``initial=Adapter({})``, which subtracts nothing. Not needed for this package's layers.
+    dora : {"update", "factors"}
+        All that DoRA changes of the weight, a full matrix; or its low-rank part, magnitudes beside it, which
+        ``save_adapter`` writes. Of this package's layers.
 
     Returns
     -------
     Adapter
-        One update per module, named as in the state dict of the model before it was adapted.
+        One update per module, named as in the state dict of the model before it was adapted: ``<module>.<block>`` for
+        blocks of a fused weight, ``<module>.<number>`` for experts.
 
     Raises
     ------
@@ -61,135 +75,93 @@ def extract(
     UnsupportedAdapterError
         If it has layers of peft of another kind.
     BaseWeightsError
-        If DoRA's update would need a base that has updates merged into it.
+        If peft's DoRA needs a base that has updates merged into it.
     """
     if peft_layers(model):
         return extract_peft(model, name=name, source=source, initial=initial)
-    if name is not None or initial is not None:
-        raise ValueError(f"{source}: name= and initial= are for models of peft, and this is none. Leave them out.")
-    layers = lora_layers(model)
-    if not layers:
+    if initial is not None:
+        raise ValueError(f"{source}: initial= is for models of peft, and this is none. Leave it out.")
+    known = adapters(model)
+    if not known:
         raise ValueError(
             f"{source}: expected a model with LoRA layers, got none. Call training.inject or attach first."
         )
-    return Adapter(
-        {
-            name: LowRankUpdate(up=layer.lora_B.detach().clone(), down=layer.lora_A.detach().clone(), scale=layer.scale)
-            for name, layer in layers.items()
-        },
-        targets={name: Target(f"{name}.weight", transposed=layer.transposed) for name, layer in layers.items()},
-        source=source,
+    if name is None and len(known) > 1:
+        raise ValueError(f"{source}: expected one adapter, got {', '.join(map(repr, known))}. Pass name= with one.")
+    chosen = next(iter(known)) if name is None else name
+    if chosen not in known:
+        raise ValueError(f"{source}: expected an adapter named {chosen!r}, got {', '.join(map(repr, known))}.")
+    modules: dict[str, Module] = {}
+    for where, site in sites(model).items():
+        if chosen in site.adapters:
+            modules |= _modules(model, where, site, site.adapters.named()[chosen], dora)
+    return _adapter(modules, source)
+
+
+def _adapter(modules: dict[str, Module], source: str) -> Adapter:
+    return Adapter.from_contents(
+        Contents(modules), source=source, format="memory", origin=Origin(_adapter, (modules, source))
     )
 
 
-def attach(model: nn.Module, adapter: Adapter, *, dropout: float = 0.0) -> list[str]:
-    """Freeze a model and put an adapter onto it as LoRA layers that go on training, in place.
-
-    Factors are copied in the dtype ``inject`` would give them. Which way a weight is stored is read from
-    the model; the adapter's ``transposed`` is not needed. ``lora_A0`` is the A of the adapter.
-
-    Parameters
-    ----------
-    model : Module
-        A model without LoRA layers.
-    adapter : Adapter
-        Of low-rank updates with known scales, each on a whole ``Linear`` or ``Conv1D`` weight.
-    dropout : float
-        On the input of A while training, in [0, 1).
-
-    Returns
-    -------
-    list of str
-        Names of the adapted modules, in the adapter's order.
-
-    Raises
-    ------
-    BaseWeightsError
-        If the model lacks a module, or its shape does not fit.
-    UnsupportedAdapterError
-        If an update is not one product of factors, acts on a slice of a weight, or on a module that
-        cannot be adapted.
-    UndefinedUpdateError
-        If a scale is unknown, or a factor holds NaN or infinities.
-    ValueError
-        If the adapter is empty or the model has LoRA layers already. The model is always left as it was.
-
-    Examples
-    --------
-    >>> import torch
-    >>> update = LowRankUpdate(torch.ones(2, 1), torch.ones(1, 3), scale=0.5)
-    >>> model = nn.Sequential(nn.Linear(3, 2))
-    >>> attach(model, Adapter({"0": update}))
-    ['0']
-    >>> extract(model)["0"].dense().tolist()
-    [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
-    """
-    require_dropout(dropout)
-    require_unadapted(model)
-    if not adapter:
-        raise ValueError(f"{adapter.source}: expected an adapter with modules, got none.")
-    found = _places_of(model, adapter)
-    layers: list[LoraLayer] = []
-    for module, place in found.items():
-        update = adapter[module]
-        where = f"{adapter.source}: {module!r}"
-        if not isinstance(update, LowRankUpdate):
-            raise UnsupportedAdapterError(
-                f"{where}: expected an update with factors A and B, got {update!r}. It cannot be trained as LoRA."
-            )
-        if math.isnan(update.scale):
-            raise UndefinedUpdateError(
-                f"{where}: expected a known scale, got none. Pass alpha= when loading the adapter."
-            )
-        if not (update.finite and math.isfinite(update.scale)):
-            raise UndefinedUpdateError(f"{where}: expected finite factors and scale, got NaN or infinities.")
-        if update.shape != matrix_shape(place.module):
-            raise BaseWeightsError(
-                f"{where}: expected the update's (d_out, d_in) = {update.shape}, "
-                f"got {matrix_shape(place.module)} in the model. Attach it to the base it was trained on."
-            )
-        layers.append(
-            LoraLayer(
-                place.module,
-                update.down,
-                update.up,
-                alpha=update.scale * update.r,
-                scale=update.scale,
-                dropout=dropout,
-            )
-        )
-    model.requires_grad_(False)
-    for place, layer in zip(found.values(), layers, strict=True):
-        put(model, place, layer)
-    return [place.names[0] for place in found.values()]
+def _modules(model: nn.Module, where: str, site: Site, factors: LoraFactors, dora: Dora) -> dict[str, Module]:
+    """The module of a site, or one for each block or expert."""
+    storage, target = site.storage, _target(model, where, site)
+    if storage.view is not None:
+        stored = storage.stored(factors.delta_w()).flatten(1)
+        return {where: _module(DenseUpdate(stored, declared_r=factors.r, stored_eps=math.nan), target)}
+    if storage.experts is not None:
+        updates = _products(factors)
+        return {f"{where}.{e}": _module(one, replace(target, expert=e)) for e, one in enumerate(updates)}
+    if factors.blocks:
+        return {
+            f"{where}.{block.name}": _module(one, replace(target, rows=(block.start, block.stop)))
+            for block, one in zip(factors.blocks, _products(factors), strict=True)
+        }
+    (update,) = _products(factors)
+    if factors.lora_magnitude is None:
+        embedding = isinstance(site, LoraLayer) and site.kind is EMBEDDING
+        return {where: replace(_module(update, target), embedding=embedding)}
+    magnitude = factors.lora_magnitude.detach().clone()
+    if dora == "factors":
+        made = replace(_module(update, target), magnitude=partial(_given, magnitude), flags=(LOW_RANK_PART,))
+        return {where: made}
+    weight = stored_weight(model, site) if site.original is None else site.original
+    return {where: _module(true_update(update, storage.matrix(weight.detach()), magnitude), target)}
 
 
-def _places_of(model: nn.Module, adapter: Adapter) -> dict[str, Place]:
-    """Where in the model each module of the adapter goes, each place taken once."""
-    by_name = {name: place for place in places(model) for name in place.names}
-    targets = adapter.targets
-    for module, target in targets.items():
-        if target.rows is not None or target.columns is not None or target.expert is not None:
-            raise UnsupportedAdapterError(
-                f"{adapter.source}: {module!r}: expected an update of a whole weight, got one of a slice of "
-                f"{target.tensor!r}. Blocks of fused weights and experts cannot be attached."
-            )
-    names = {module: target.tensor.removesuffix(".weight") for module, target in targets.items()}
-    missing = [name for name in names.values() if name not in by_name]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise BaseWeightsError(
-            f"{adapter.source}: expected a module {missing[0]!r}{more} in {type(model).__name__}, got none. "
-            f"Its modules begin with {', '.join(repr(name) for name in list(by_name)[1:4])}."
-        )
-    found = {module: by_name[name] for module, name in names.items()}
-    taken: dict[int, str] = {}
-    for module, place in found.items():
-        if (reason := refusal(model, place)) is not None:
-            raise UnsupportedAdapterError(f"{adapter.source}: {reason}")
-        if (other := taken.setdefault(id(place.module), module)) != module:
-            raise UnsupportedAdapterError(
-                f"{adapter.source}: expected one update per module of the model, got {other!r} and {module!r} "
-                f"for {place.names[0]!r}."
-            )
-    return found
+def _products(factors: LoraFactors) -> list[LowRankUpdate]:
+    """The update of the whole matrix, or those of its blocks, or of the experts, in their order."""
+    with torch.no_grad():
+        heights = [block.stop - block.start for block in factors.blocks] or [factors.lora_B.shape[-2]]
+        pairs = _parts(factors.lora_A, factors.lora_B, heights)
+        if factors.less_initial:
+            first = _parts(factors.lora_A0, factors.lora_B0, heights)
+            pairs = [
+                (torch.cat([A, A0]), torch.cat([B, -B0], -1)) for (A, B), (A0, B0) in zip(pairs, first, strict=True)
+            ]
+        return [LowRankUpdate(up=B.clone(), down=A.clone(), scale=factors.scale) for A, B in pairs]
+
+
+def _parts(A: Tensor, B: Tensor, heights: list[int]) -> list[tuple[Tensor, Tensor]]:
+    if A.dim() == 3:
+        return list(zip(A, B, strict=True))
+    return list(zip(A.chunk(len(heights)), torch.split(B, heights), strict=True))
+
+
+def _module(update: Update, target: Target) -> Module:
+    return Module(update.shape, update.r, update.scale, "caller", target, (), partial(_given, update))
+
+
+def _given(value: Given) -> Given:
+    return value
+
+
+def _target(model: nn.Module, where: str, site: Site) -> Target:
+    storage = site.storage
+    if isinstance(site, LoraLayer):
+        tensor = f"{where}.weight"
+    else:
+        _, attribute = parametrized(model, site)
+        tensor = f"{where}.weight" if attribute == "weight" else where
+    return Target(tensor, transposed=storage.transposed, kernel=storage.shape[2:] if storage.experts is None else ())

@@ -1,88 +1,140 @@
-"""Putting LoRA layers into a model: which modules, and how the factors begin.
-
-Conventions
------------
-B begins at zero, so an adapted model begins as its base. A is drawn Kaiming-uniform from a generator
-that belongs to (seed, module name, r): the same on every device and dtype, independent of the other
-modules and of the order of drawing, and never a prefix of the draw for a larger r. Two adapters that
-share a seed share A at the start; comparisons of A between them say so little else that seeds must differ.
+"""Putting LoRA into a model: which weights, of what r, and what trains beside the factors.
 
 Values
 ------
-``inject``, ``initial_down``.
+``inject``.
 
 References
 ----------
-Hu et al. 2021, arXiv:2106.09685, section 4.1. The bound of A is loralib's and PEFT's,
-``kaiming_uniform_(A, a=sqrt(5))``. Scale of rsLoRA: Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2.
+Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2; DoRA: Liu et
+al. 2024, arXiv:2402.09353; PiSSA: Meng et al. 2024, arXiv:2404.02948; LoRA-FA: Zhang et al. 2023, arXiv:2308.03303.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import operator
-import re
-import sys
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
-from lora_analysis.training.layers import LoraLayer, lora_layers
+from lora_analysis.formats.options import parse_split
+from lora_analysis.formats.patterns import pattern_regex
+from lora_analysis.training.factors import Block, LoraFactors
+from lora_analysis.training.initial import Init, initial_factors, principal_factors
+from lora_analysis.training.kinds import CONVOLUTION, EMBEDDING, Kind, kind_of
+from lora_analysis.training.layers import LoraLayer, LoraParameter, row_norms
+from lora_analysis.training.storage import Storage
+from lora_analysis.training.switching import activate, require_new
+from lora_analysis.training.targets import (
+    OwnedParameter,
+    Place,
+    Targets,
+    matching,
+    matching_parameters,
+    peft_layers,
+    places,
+    put,
+    refusal,
+)
+
+Bias = Literal["none", "lora_only", "all"]
+"""Which biases train: none, those of adapted layers, or all of the model's."""
+
+BlocksGiven = str | Sequence[bool] | Mapping[str, tuple[int, int]]
+"""Slots of a fused weight: ``"q,v"`` or ``[True, False, True]`` of equal blocks, or names to half-open row ranges."""
 
 
-class Place(NamedTuple):
-    """A module of a model and every name it goes by, the first being its own."""
+class Spot(NamedTuple):
+    """A weight that an adapter is to be put on, and what is known of it."""
 
-    names: tuple[str, ...]
-    module: nn.Module
+    name: str
+    storage: Storage
+    weight: nn.Parameter
+    kind: Kind | None
+    place: Place | OwnedParameter
 
 
 def inject(
     model: nn.Module,
-    targets: str | Iterable[str],
+    targets: Targets = (),
     *,
     r: int = 8,
     alpha: float = 16.0,
     seed: int = 0,
     dropout: float = 0.0,
     rslora: bool = False,
+    dora: bool = False,
+    init: Init = "kaiming",
+    freeze_A: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    slots: Mapping[str, BlocksGiven] | None = None,
+    parameters: Iterable[str] | Mapping[str, tuple[int, int] | None] = (),
+    bias: Bias = "none",
+    modules_to_save: Iterable[str] = (),
+    adapter: str = "default",
 ) -> list[str]:
-    """Freeze a model and wrap some of its linear layers in trainable LoRA layers, in place.
+    """Freeze a model and put trainable low-rank updates on some of its weights, in place.
 
     Parameters
     ----------
     model : Module
-        Any model; its ``torch.nn.Linear`` and transformers' ``Conv1D`` layers can be adapted.
-    targets : str or iterable of str
-        As PEFT's ``target_modules``. A list holds full names or dotted suffixes (``"query"``,
-        ``"attn.c_proj"``); unlike in PEFT, each must match. A string is a regular expression for the
-        whole name, or ``"all-linear"``: every linear layer but the output embedding of a language model.
+        Any model. Its ``torch.nn.Linear``, ``Embedding``, ``Conv1d``, ``Conv2d`` and ``Conv3d`` and transformers'
+        ``Conv1D`` layers can be adapted, and any other parameter through ``parameters``.
+    targets : str, type, or iterable of them
+        As PEFT's ``target_modules``. A list holds full names or dotted suffixes (``"query"``, ``"attn.c_proj"``) or
+        types (``nn.Conv2d``); unlike in PEFT, each must match. A string is a regular expression for the whole name,
+        or ``"all-linear"``: every linear layer but the output embedding of a language model.
     r : int
         Inner dimension, at least 1; may exceed the sides of a matrix.
     alpha : float
         The scale is alpha / r.
     seed : int
-        With the module's name and r, determines the initial A.
+        With the module's name and r, determines the initial factors.
     dropout : float
-        On the input of A while training, in [0, 1).
+        On the input of A while training, in [0, 1); not on the tokens of an embedding, nor on ``parameters``.
     rslora : bool
         Scale alpha / sqrt(r) instead.
+    dora : bool
+        Train the norm of each output's row of weights apart from its direction. Linear layers and convolutions.
+    init : {"kaiming", "gaussian", "orthogonal", "pissa"}
+        How the factors begin; see ``lora_analysis.training.initial``. PiSSA begins at the weight's leading singular
+        triples; the model still begins as its base, which is not touched.
+    freeze_A : bool
+        Train B alone (LoRA-FA).
+    rank_pattern, alpha_pattern : mapping of str, optional
+        Names or regular expressions to the r and the alpha of the modules they match, as PEFT's: the first key that
+        matches the end of a module's name counts. Each must match.
+    slots : mapping of str, optional
+        Names or dotted suffixes of fused weights to the blocks of their rows that are adapted, each with factors of
+        its own: ``{"c_attn": "q,v"}``, or ``{"qkv_proj": {"q": (0, 4096), "v": (5120, 6144)}}`` where they differ.
+    parameters : iterable or mapping of str, optional
+        Names or dotted suffixes of parameters that the model reads by itself: packed projections
+        (``"in_proj_weight"``), stacked experts (``"experts.gate_up_proj"``). A mapping gives the matrix shape that a
+        tensor's numbers are viewed as, or None for the tensor's own: (first axis, all others), and of three axes
+        (experts, d_out, d_in), or (experts, d_in, d_out) where the module says ``is_transposed``.
+    bias : {"none", "lora_only", "all"}
+        Which biases train as well.
+    modules_to_save : iterable of str
+        Names or dotted suffixes of modules that train in full, such as a classifier's head.
+    adapter : str
+        Its name. A second one is put beside the first, and alone acts and trains until ``activate`` says otherwise.
 
     Returns
     -------
     list of str
-        Names of the adapted modules. The model trains nothing but their factors.
+        Names of the adapted weights, as ``extract`` gives them. Nothing else of the model trains but what ``bias`` and
+        ``modules_to_save`` say.
 
     Raises
     ------
     ValueError
-        If an argument is out of range, a target matches nothing or something that cannot be adapted, or
-        the model has LoRA layers already. The model is left as it was.
+        If an argument is out of range, a name or pattern matches nothing or something that cannot be adapted, or the
+        adapter is there already. The model is left as it was.
 
     Examples
     --------
@@ -90,123 +142,105 @@ def inject(
     >>> inject(model, ["query"], r=2)
     ['query']
     >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    ['query.lora_A', 'query.lora_B']
+    ['query.adapters.default.lora_A', 'query.adapters.default.lora_B']
     """
-    r, seed = operator.index(r), operator.index(seed)
-    if r < 1:
-        raise ValueError(f"r: expected at least 1, got {r}.")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha: expected a finite number, got {alpha}.")
+    seed, r = operator.index(seed), _rank("r", r)
     require_dropout(dropout)
-    require_unadapted(model)
-    chosen = _matching(model, targets)
+    require_adapter_name(adapter)
+    if bias not in get_args(Bias):
+        raise ValueError(f"bias: expected one of {get_args(Bias)}, got {bias!r}.")
+    if init not in get_args(Init):
+        raise ValueError(f"init: expected one of {get_args(Init)}, got {init!r}.")
+    require_no_peft(model)
+    require_new(model, adapter)
+    spots = spots_of(model, targets, parameters)
+    fused = _blocks(spots, slots or {})
+    ranks = _patterned("rank_pattern", rank_pattern, spots)
+    alphas = _patterned("alpha_pattern", alpha_pattern, spots)
+    saved = [place.base for name in modules_to_save for place in matching(model, [name])]
+    made: list[tuple[Spot, LoraFactors]] = []
+    for spot in spots:
+        one = _rank("rank_pattern", ranks.get(spot.name, r))
+        own = alphas.get(spot.name, alpha)
+        if not math.isfinite(own):
+            raise ValueError(f"alpha: expected a finite number, got {own}.")
+        scale = own / math.sqrt(one) if rslora else own / one
+        _require_options(spot, dora=dora, freeze_A=freeze_A)
+        A, B = _start(spot, fused.get(spot.name, ()), r=one, scale=scale, seed=seed, init=init)
+        factors = LoraFactors(
+            A,
+            B,
+            d_out=spot.storage.matrix_shape[0],
+            scale=scale,
+            alpha=own,
+            dropout=dropout,
+            blocks=fused.get(spot.name, ()),
+            less_initial=init == "pissa",
+            freeze_A=freeze_A,
+        )
+        if dora:
+            factors.lora_magnitude = nn.Parameter(row_norms(spot.weight, spot.storage, factors))
+        made.append((spot, factors))
+    model.requires_grad_(False)
+    for spot, factors in made:
+        place_factors(model, spot, adapter, factors)
+    activate(model, adapter)
+    _train_biases(model, bias, adapter)
+    for module in saved:
+        module.requires_grad_(True)
+    return [spot.name for spot in spots]
+
+
+def spots_of(
+    model: nn.Module, targets: Targets, parameters: Iterable[str] | Mapping[str, tuple[int, int] | None] = ()
+) -> list[Spot]:
+    """The weights that are meant, each checked to be one that can be adapted.
+
+    Raises
+    ------
+    ValueError
+        If nothing is meant, or something that cannot be adapted.
+    """
+    given = dict(parameters) if isinstance(parameters, Mapping) else dict.fromkeys(parameters)
+    nothing = not isinstance(targets, str | type) and not (targets := list(targets))
+    chosen = [] if nothing and given else matching(model, targets)
+    spots = []
     for place in chosen:
         if (reason := refusal(model, place)) is not None:
             raise ValueError(reason)
-    scale = alpha / math.sqrt(r) if rslora else alpha / r
-    model.requires_grad_(False)
-    for place in chosen:
-        d_out, d_in = matrix_shape(place.module)
-        down = initial_down(d_in, r=r, module=place.names[0], seed=seed)
-        up = down.new_zeros(d_out, r)
-        layer = LoraLayer(place.module, down, up, alpha=alpha, scale=scale, dropout=dropout)
-        put(model, place, layer)
-    return [place.names[0] for place in chosen]
+        kind = cast(Kind, kind_of(place.base))
+        spots.append(Spot(place.names[0], kind.storage(place.base), place.base.get_parameter("weight"), kind, place))
+    for name, view in given.items():
+        spots += [_parameter_spot(one, view) for one in matching_parameters(model, [name])]
+    names = [spot.name for spot in spots]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice!r}: expected each weight once, got it as a module and as a parameter, or twice.")
+    return spots
 
 
-def initial_down(d_in: int, *, r: int, module: str, seed: int) -> Tensor:
-    """A at the start: uniform in ``±1/sqrt(d_in)``, a function of (seed, module, r) alone.
-
-    The global random state is neither read nor advanced. torch's CPU generator takes 32 bits of seed,
-    here the first of a SHA-256, so two given draws coincide with probability 2⁻³².
-
-    Parameters
-    ----------
-    d_in, r : int
-    module : str
-        Name of the adapted module.
-    seed : int
-
-    Returns
-    -------
-    Tensor, shape (r, d_in)
-        Float32, on the CPU.
-
-    Examples
-    --------
-    >>> small, large = (initial_down(16, r=r, module="query", seed=0) for r in (2, 4))
-    >>> bool((small == large[:2]).any())
-    False
-    """
-    digest = hashlib.sha256(f"{seed}\0{module}\0{r}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-    down = torch.empty(r, d_in, dtype=torch.float32, device="cpu")
-    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-    return down
+def place_factors(model: nn.Module, spot: Spot, adapter: str, factors: LoraFactors) -> None:
+    """Put an adapter's factors onto a weight, beside those that are there, on its device and at least in float32."""
+    factors.to(spot.weight.device, torch.promote_types(spot.weight.dtype, torch.float32))
+    if isinstance(spot.place, Place):
+        module = spot.place.module
+        if not isinstance(module, LoraLayer):
+            layer = LoraLayer(module)
+            put(model, spot.place, layer)
+        else:
+            layer = module
+        layer.add(adapter, factors)
+        factors.train(layer.training)
+        return
+    owner, attribute = spot.place.owner, spot.place.attribute
+    site = _parameter_site(owner, attribute)
+    if site is None:
+        site = LoraParameter(spot.storage)
+        parametrize.register_parametrization(owner, attribute, site)
+    site.add(adapter, factors)
 
 
-def places(model: nn.Module) -> list[Place]:
-    """Every module of a model once, with all its names, in the order of ``named_modules``."""
-    names: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-        modules[id(module)] = module
-    return [Place(tuple(names[key]), module) for key, module in modules.items()]
-
-
-def put(model: nn.Module, place: Place, layer: LoraLayer) -> None:
-    """Set a LoRA layer in the place of its base, under every name that has it."""
-    for name in place.names:
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, layer)
-
-
-def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a ``Linear`` or ``Conv1D``."""
-    rows, columns = module.get_parameter("weight").shape
-    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
-
-
-def refusal(model: nn.Module, place: Place) -> str | None:
-    """Why a module cannot be adapted, as an error message; None if it can."""
-    module, name = place.module, place.names[0]
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    if not name:
-        return f"expected a model that holds layers, got a bare {kind}. Wrap it in torch.nn.Sequential."
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return (
-            f"{name!r}: torch.nn.MultiheadAttention reads the weight of its {kind} without calling it, so a "
-            "LoRA layer there would do nothing. Choose other modules."
-        )
-    if not _is_plain_linear(module):
-        return (
-            f"{name!r}: expected a torch.nn.Linear or transformers Conv1D whose forward is its own, "
-            f"got {kind}. Choose other modules."
-        )
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    if weight is None or is_lazy(weight) or not weight.is_floating_point():
-        return (
-            f"{name!r}: expected a {kind} whose weight is a plain floating-point parameter, got one that is "
-            "lazy, parametrized, pruned or quantised. Make it plain first."
-        )
-    for alias in place.names:
-        parent = model.get_submodule(alias.rpartition(".")[0])
-        if type(parent).forward is nn.TransformerEncoderLayer.forward:
-            return (
-                f"{alias!r}: torch.nn.TransformerEncoderLayer reads this layer's weight without calling it "
-                "in eval mode, where a LoRA layer would do nothing. Choose other modules."
-            )
-    return None
-
-
-def require_unadapted(model: nn.Module) -> None:
-    """Refuse a model that has LoRA layers, ours or peft's."""
-    if layers := lora_layers(model):
-        raise ValueError(
-            f"{next(iter(layers))!r}: expected a model without LoRA layers, got one with {len(layers)}. "
-            "Start from a fresh copy of the base model."
-        )
+def require_no_peft(model: nn.Module) -> None:
+    """Refuse a model that has LoRA layers of peft."""
     if foreign := peft_layers(model):
         raise ValueError(
             f"{foreign[0]!r}: expected a model without LoRA layers, got one with {len(foreign)} of peft. "
@@ -220,68 +254,149 @@ def require_dropout(dropout: float) -> None:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}.")
 
 
-def peft_layers(model: nn.Module) -> list[str]:
-    """Names of the layers that peft put into a model."""
-    tuner = _loaded("peft.tuners.tuners_utils", "BaseTunerLayer")
-    return [] if tuner is None else [n for n, m in model.named_modules() if isinstance(m, tuner)]
+def require_adapter_name(name: str) -> None:
+    """Refuse what cannot be a component of a tensor's name."""
+    if not name or "." in name:
+        raise ValueError(f"adapter: expected a name without dots, got {name!r}.")
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    """A ``Linear`` or ``Conv1D``, or a subclass of one that computes the same."""
-    kinds = (nn.Linear, _loaded("transformers.pytorch_utils", "Conv1D"))
-    return any(kind is not None and isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+def _rank(what: str, r: int) -> int:
+    r = operator.index(r)
+    if r < 1:
+        raise ValueError(f"{what}: expected at least 1, got {r}.")
+    return r
 
 
-def _loaded(module: str, name: str) -> Any:
-    """A class of a library, if that is loaded: an instance cannot exist before its module does."""
-    return getattr(sys.modules.get(module), name, None)
-
-
-def _matching(model: nn.Module, targets: str | Iterable[str]) -> list[Place]:
-    candidates = places(model)
-    if not isinstance(targets, str):
-        wanted = list(targets)
-        for target in wanted:
-            if not any(_has_suffix(place, target) for place in candidates):
-                raise ValueError(_nothing_matches(model, f"a module named {target!r}"))
-        if not wanted:
-            raise ValueError(_nothing_matches(model, "at least one name"))
-        return [place for place in candidates if any(_has_suffix(place, target) for target in wanted)]
-    if targets == "all-linear":
-        head = _output_embedding(model)
-        found = [
-            p
-            for p in candidates
-            if p.module is not head and (_is_plain_linear(p.module) or isinstance(p.module, nn.Linear))
-        ]
+def _parameter_spot(one: OwnedParameter, view: tuple[int, int] | None) -> Spot:
+    site = _parameter_site(one.owner, one.attribute)
+    if site is None and parametrize.is_parametrized(one.owner, one.attribute):
+        raise ValueError(f"{one.name!r}: expected a plain parameter, got one that is parametrized by something else.")
+    if site is None:
+        weight = one.owner.get_parameter(one.attribute)
+        if not weight.is_floating_point() or weight.dim() < 2:
+            raise ValueError(
+                f"parameters: {one.name!r}: expected a floating-point tensor of at least two axes, got "
+                f"{tuple(weight.shape)} in {weight.dtype}."
+            )
+        shape = tuple(weight.shape)
+        if view is not None and math.prod(view) != weight.numel():
+            raise ValueError(f"parameters: {one.name!r}: a tensor {shape} cannot be viewed as {tuple(view)}.")
+        stacked = view is None and len(shape) == 3 and not isinstance(one.owner, nn.Conv1d)
+        turned = view is None and (bool(getattr(one.owner, "is_transposed", False)) if stacked else _is_turned(one))
+        storage = Storage(shape, transposed=turned, experts=shape[0] if stacked else None, view=view)
     else:
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise ValueError(f"targets: expected a regular expression, got {targets!r}: {error}.") from None
-        found = [p for p in candidates if any(name and pattern.fullmatch(name) for name in p.names)]
-    if not found:
-        raise ValueError(
-            _nothing_matches(model, f"a module whose whole name matches {targets!r}")
-            + f" A suffix goes into a list: [{targets!r}]."
-        )
+        storage = site.storage
+        weight = cast(nn.Parameter, cast(Any, one.owner.parametrizations)[one.attribute].original)
+    return Spot(one.name.removesuffix(".weight"), storage, weight, None, one)
+
+
+def _is_turned(one: OwnedParameter) -> bool:
+    kind = kind_of(one.owner)
+    return kind is not None and kind.transposed and one.attribute == "weight"
+
+
+def _parameter_site(owner: nn.Module, attribute: str) -> LoraParameter | None:
+    if not parametrize.is_parametrized(owner, attribute):
+        return None
+    steps = list(cast(Any, owner.parametrizations)[attribute])
+    return steps[0] if len(steps) == 1 and isinstance(steps[0], LoraParameter) else None
+
+
+def _require_options(spot: Spot, *, dora: bool, freeze_A: bool) -> None:
+    if dora and (spot.kind is None or spot.kind is EMBEDDING):
+        what = "a parameter" if spot.kind is None else "an embedding"
+        raise ValueError(f"{spot.name!r}: dora= is for linear layers and convolutions, and this is {what}.")
+    if freeze_A and spot.kind is EMBEDDING:
+        raise ValueError(f"{spot.name!r}: freeze_A= would keep A of an embedding at zero, where it begins.")
+
+
+def _start(
+    spot: Spot, blocks: Sequence[Block], *, r: int, scale: float, seed: int, init: Init
+) -> tuple[Tensor, Tensor]:
+    """A and B of a weight, one below the other for blocks, stacked for experts."""
+    d_out, d_in = spot.storage.matrix_shape
+    if init == "pissa":
+        matrix = spot.storage.matrix(spot.weight.detach())
+        parts = [matrix[block.start : block.stop] for block in blocks] or [matrix]
+        pairs = [principal_factors(part, r=r, scale=scale) for part in parts]
+        return torch.cat([A for A, _ in pairs], -2), torch.cat([B for _, B in pairs], -2)
+    random = "down" if spot.kind is None else spot.kind.random
+    if spot.storage.experts is not None:
+        names = [(f"{spot.name}.{e}", d_out) for e in range(spot.storage.experts)]
+    else:
+        names = [(f"{spot.name}.{block.name}", block.stop - block.start) for block in blocks] or [(spot.name, d_out)]
+    pairs = [initial_factors(rows, d_in, r=r, module=name, seed=seed, init=init, random=random) for name, rows in names]
+    join = torch.stack if spot.storage.experts is not None else torch.cat
+    return join([A for A, _ in pairs]), join([B for _, B in pairs])
+
+
+def _blocks(spots: Sequence[Spot], slots: Mapping[str, BlocksGiven]) -> dict[str, tuple[Block, ...]]:
+    """Module to the blocks of its rows that are adapted."""
+    found: dict[str, tuple[Block, ...]] = {}
+    for key, given in slots.items():
+        hits = [spot for spot in spots if spot.name == key or spot.name.endswith(f".{key}")]
+        if not hits:
+            raise ValueError(f"slots: expected an adapted weight named {key!r}, got none.")
+        for spot in hits:
+            if spot.storage.experts is not None or spot.storage.view or spot.kind in (EMBEDDING, CONVOLUTION):
+                raise ValueError(f"slots: {spot.name!r}: expected a fused linear weight, got another kind.")
+            found[spot.name] = _blocks_of(spot, given)
     return found
 
 
-def _has_suffix(place: Place, target: str) -> bool:
-    return bool(target) and any(name == target or name.endswith(f".{target}") for name in place.names)
+def _blocks_of(spot: Spot, given: BlocksGiven) -> tuple[Block, ...]:
+    d_out = spot.storage.matrix_shape[0]
+    if isinstance(given, Mapping):
+        blocks = tuple(sorted((Block(name, *rows) for name, rows in given.items()), key=lambda block: block.start))
+        bounds = [0, *(edge for block in blocks for edge in block[1:]), d_out]
+        if (
+            not blocks
+            or bounds != sorted(bounds)
+            or any(b.start == b.stop or not b.name or "." in b.name for b in blocks)
+        ):
+            raise ValueError(
+                f"slots: {spot.name!r}: expected names without dots and ranges of its {d_out} rows that do not "
+                f"overlap, got {dict(given)}."
+            )
+        return blocks
+    chosen = parse_split(given if isinstance(given, str) else list(given))
+    assert chosen is not None
+    if d_out % chosen.total:
+        raise ValueError(f"slots: {spot.name!r}: expected {chosen.total} equal blocks, got {d_out} rows. Give ranges.")
+    height = d_out // chosen.total
+    return tuple(
+        Block(name, index * height, (index + 1) * height)
+        for name, index in zip(chosen.names, chosen.indices, strict=True)
+    )
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    """The head of a transformers language model, often tied to its embedding."""
-    transformers_model = _loaded("transformers.modeling_utils", "PreTrainedModel")
-    if transformers_model is None or not isinstance(model, transformers_model):
-        return None
-    head: nn.Module | None = model.get_output_embeddings()
-    return head
+def _patterned(what: str, pattern: Mapping[str, Any] | None, spots: Sequence[Spot]) -> dict[str, Any]:
+    """Module to the value of the first key that matches its name."""
+    found: dict[str, Any] = {}
+    unmatched = set(pattern or {})
+    for key, value in (pattern or {}).items():
+        try:
+            regex = pattern_regex(key)
+        except ValueError as error:  # one of re.error as well
+            raise ValueError(
+                f"{what}: {key!r}: expected a regular expression that is quick to match: {error}."
+            ) from None
+        for spot in spots:
+            if regex.match(spot.name):
+                unmatched.discard(key)
+                found.setdefault(spot.name, value)
+    if unmatched:
+        raise ValueError(f"{what}: expected an adapted module that matches {sorted(unmatched)[0]!r}, got none.")
+    return found
 
 
-def _nothing_matches(model: nn.Module, expected: str) -> str:
-    known = [p.names[0] for p in places(model) if refusal(model, p) is None]
-    listed = ", ".join(repr(name) for name in known[:5]) + (", …" if len(known) > 5 else "")
-    return f"targets: expected {expected} in {type(model).__name__}, got none. It has: {listed or 'nothing to adapt'}."
+def _train_biases(model: nn.Module, bias: Bias, adapter: str) -> None:
+    if bias == "none":
+        return
+    for place in places(model):
+        module = place.module
+        adapted = isinstance(module, LoraLayer) and adapter in module.adapters
+        if bias == "all" or adapted:
+            for name, parameter in place.base.named_parameters(recurse=False):
+                if name == "bias" or name.endswith("_bias"):
+                    parameter.requires_grad_(True)

@@ -1,109 +1,98 @@
-"""The LoRA layer, and merging it into its base weight.
+"""What stands in a model in the place of an adapted weight: a layer beside its base, or a parametrised tensor.
 
 Conventions
 -----------
-``lora_A`` (r, d_in) and ``lora_B`` (d_out, r) are the paper's A and B; the layer adds
-``scale · B A x`` to what its base gives. The base is a ``torch.nn.Linear``, or transformers' ``Conv1D``,
-which stores its weight as (d_in, d_out).
+``LoraLayer`` stands for a layer that the model calls, and leaves the layer's own weight alone. ``LoraParameter`` is
+one of ``torch.nn.utils.parametrize``: it adds ΔW to a tensor whenever the model reads it, whatever it does with it
+then. Either is a *site*, and holds any number of named adapters of which those that are active act.
 
 Values
 ------
-``LoraLayer``, ``lora_layers``, ``merge``, ``unmerge``.
+``LoraLayer``, ``LoraParameter``, ``Site``; ``lora_layers``, ``sites``.
 
 References
 ----------
-Hu et al. 2021, arXiv:2106.09685, section 4.1, eq. 3.
+Hu et al. 2021, arXiv:2106.09685, section 4.1, eq. 3; DoRA: Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3
+(the norms are constants to the gradient).
 """
 
 from __future__ import annotations
 
-from typing import cast
+import re
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_analysis.errors import UndefinedUpdateError
-
-_MERGED_ROWS = 64
-"""Rows of a weight merged at a time: 2 MB of float64 at a width of 4096."""
+from lora_analysis.training.added_low_rank import added_low_rank
+from lora_analysis.training.factors import Adapters, LoraFactors
+from lora_analysis.training.kinds import CONV1D, LINEAR, kind_of
+from lora_analysis.training.storage import Storage
 
 
 class LoraLayer(nn.Module):
-    """A frozen linear layer with a trainable low-rank update beside it.
+    """A layer with trainable low-rank updates beside it.
 
-    ``y = base(x) + scale · B @ A @ dropout(x)``; ``y = base(x)`` once merged.
+    ``y = base(x) + sum_a weight_a · scale_a · B_a (A_a dropout(x))`` over the active adapters; ``y = base(x)`` once
+    merged, or with none active.
 
     Parameters
     ----------
-    base_layer : torch.nn.Linear or transformers' Conv1D
-        Named as in PEFT: its tensors are ``<module>.base_layer.weight`` in the state dict.
-    lora_A : Tensor, shape (r, d_in)
-        Copied to the device of the base and at least float32, whatever the base's dtype, since steps of
-        training are lost in 16 bits.
-    lora_B : Tensor, shape (d_out, r)
-        Likewise.
-    alpha : float
-        What ``scale`` was made from; nothing is computed from it here.
-    scale : float
-        alpha / r, or alpha / sqrt(r) for rsLoRA.
-    dropout : float
-        Probability of dropping an input of A while training, in [0, 1).
+    base_layer : Module
+        A ``torch.nn.Linear``, ``Embedding``, ``Conv1d``, ``Conv2d`` or ``Conv3d``, or transformers' ``Conv1D``. Named
+        as in PEFT: its tensors are ``<module>.base_layer.weight`` in the state dict.
 
     Attributes
     ----------
-    lora_A0 : Tensor, shape (r, d_in)
-        A as it was at the start, for study; a buffer that is not saved.
-    transposed : bool
-        Whether the base stores its weight as (d_in, d_out).
-    r, in_features, out_features : int
+    adapters : Adapters
+        Adapter names to their factors: ``<module>.adapters.<name>.lora_A`` in the state dict.
+    storage : Storage
+        How the base stores its matrix.
+    original : Tensor or None
+        The base's weight as it was, while updates are merged into it.
     weight, bias : Parameter
         The base's own.
+
+    Raises
+    ------
+    TypeError
+        If the layer is of another kind.
 
     Examples
     --------
     >>> base = torch.nn.Linear(3, 2)
-    >>> layer = LoraLayer(base, torch.ones(1, 3), torch.zeros(2, 1), alpha=2.0, scale=2.0)
+    >>> layer = LoraLayer(base)
+    >>> layer.add("default", LoraFactors(torch.ones(1, 3), torch.zeros(2, 1), d_out=2, alpha=2.0, scale=2.0))
     >>> bool((layer(torch.ones(3)) == base(torch.ones(3))).all())
     True
     """
 
-    lora_A0: Tensor
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        *,
-        alpha: float,
-        scale: float,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.transposed = not isinstance(base_layer, nn.Linear)
-        weight = cast(Tensor, base_layer.weight)
-        d_out, d_in = weight.mT.shape if self.transposed else weight.shape
-        if lora_A.shape[1:] != (d_in,) or lora_B.shape != (d_out, lora_A.shape[0]):
-            raise ValueError(
-                f"expected lora_A (r, {d_in}) and lora_B ({d_out}, r) for a weight of (d_out, d_in) = "
-                f"({d_out}, {d_in}), got {tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
-            )
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        kind = kind_of(base_layer)
+        if kind is None:
+            raise TypeError(f"expected a layer that LoRA can be put beside, got {type(base_layer).__name__}.")
+        self.kind = kind
+        self.storage = kind.storage(base_layer)
         self.base_layer = base_layer
-        self.lora_A = nn.Parameter(lora_A.detach().to(weight.device, dtype, copy=True))
-        self.lora_B = nn.Parameter(lora_B.detach().to(weight.device, dtype, copy=True))
-        self.register_buffer("lora_A0", self.lora_A.detach().clone(), persistent=False)
-        self.in_features, self.out_features, self.r = d_in, d_out, lora_A.shape[0]
-        self.alpha = alpha
-        self.scale = scale
-        self.dropout = dropout
-        self._original: Tensor | None = None
+        self.adapters = Adapters()
+        self.original: Tensor | None = None
         self.train(base_layer.training)
 
-    def extra_repr(self) -> str:
-        """The sizes and the scale, for ``print(model)``."""
-        return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}, merged={self.merged}"
+    def add(self, name: str, factors: LoraFactors) -> None:
+        """Put an adapter beside the others, and let it alone act."""
+        self.adapters[name] = factors
+        self.adapters.active = {name: 1.0}
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the base layer, such as ``in_features``, where the model asks for one."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -113,153 +102,163 @@ class LoraLayer(nn.Module):
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias of the base layer."""
-        return cast("nn.Parameter | None", self.base_layer.bias)
+        return cast("nn.Parameter | None", getattr(self.base_layer, "bias", None))
+
+    @property
+    def factors(self) -> LoraFactors:
+        """The factors of the one adapter there is."""
+        return self.adapters.only()
 
     @property
     def merged(self) -> bool:
-        """Whether the update is part of the base weight now."""
-        return self._original is not None
+        """Whether updates are part of the base weight now."""
+        return self.original is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the adapted layer, shape (..., d_out), in the dtype the base gives."""
-        base: Tensor = self.base_layer(x)
-        if self.merged:
-            return base
-        x = x.to(self.lora_A.dtype)
-        if self.training and self.dropout > 0:
-            x = F.dropout(x, self.dropout)
-        # The scale goes onto the r numbers between the factors, the cheapest place for it.
-        hidden = self.scale * F.linear(x, self.lora_A)
-        return (base + F.linear(hidden, self.lora_B)).to(base.dtype)
+        """Output of the adapted layer, in the dtype the base gives."""
+        acting = [] if self.merged else self.adapters.acting()
+        if not acting:
+            return cast(Tensor, self.base_layer(x))
+        if len(acting) == 1 and self._is_plain(acting[0][0], x):
+            factors, weight = acting[0]
+            matrix = self.weight.mT if self.kind is CONV1D else self.weight
+            return added_low_rank(x, matrix, self.bias, factors.down, factors.up, scale=weight * factors.scale)
+        y: Tensor = self.base_layer(x)
+        out = y
+        for factors, weight in acting:
+            out = out + weight * self._change(factors, x, y)
+        return out.to(y.dtype)
 
-    def delta_w(self) -> Tensor:
-        """``ΔW = scale · B @ A``, shape (d_out, d_in), float64, whatever way the base is stored."""
-        return self.scale * (self.lora_B.detach().double() @ self.lora_A.detach().double())
+    def _is_plain(self, factors: LoraFactors, x: Tensor) -> bool:
+        """Whether layer and update are one product of factors in one dtype, and nobody watches the base layer."""
+        base, weight = self.base_layer, self.weight
+        watched = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return (
+            self.kind in (LINEAR, CONV1D)
+            and factors.lora_magnitude is None
+            and not factors.less_initial
+            and not (self.training and factors.dropout > 0)
+            and x.dtype == weight.dtype == factors.lora_A.dtype
+            and not (weight.requires_grad or watched)
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling()
+        )
 
-    def merge(self) -> None:
-        """Fold the update into the base weight, in place: ``W' = W + ΔW``.
+    def _change(self, factors: LoraFactors, x: Tensor, y: Tensor) -> Tensor:
+        """What one adapter adds to the output ``y`` of the base."""
+        dropping = self.training and factors.dropout > 0 and self.kind.dropout
+        kept = F.dropout(x, factors.dropout) if dropping else x
+        # The base may be of 16 bits, in which steps of training are lost; the factors never are.
+        inputs = kept.to(factors.lora_A.dtype) if self.kind.dropout else kept
+        # The scale goes onto the r columns between the factors, the cheapest place for it.
+        change = self.kind.apply(self.base_layer, inputs, factors.down * factors.scale, factors.up)
+        if factors.less_initial:
+            up, down = factors.initial
+            change = change - self.kind.apply(self.base_layer, inputs, down * factors.scale, up)
+        if factors.lora_magnitude is None:
+            return change
+        ratio = _per_output(factors.lora_magnitude / row_norms(self.weight, self.storage, factors), self.storage)
+        of_base = self.base_layer(kept) if dropping else y
+        if self.bias is not None:
+            of_base = of_base - _per_output(self.bias, self.storage)
+        return (ratio - 1) * of_base + ratio * change
 
-        The sum is taken in float64 and converted once, by ``Tensor.to``, to the dtype of the weight. The
-        weight as it was is kept beside it for ``unmerge``, at the cost of its memory.
 
-        Raises
-        ------
-        ValueError
-            If it is merged already.
-        UndefinedUpdateError
-            If the merged weight would hold NaN or infinities; the weight is left as it was.
-        """
-        if self.merged:
-            raise ValueError("expected an unmerged layer, got a merged one. Call unmerge first.")
-        weight = self.weight.data
-        original = weight.clone()
-        up, down = self.lora_B.detach().double(), self.lora_A.detach().double()
-        left, right = (down.mT, up.mT) if self.transposed else (up, down)
-        right = self.scale * right
-        # Row blocks that stay in cache: no float64 copy of the matrix is made.
-        for start in range(0, len(weight), _MERGED_ROWS):
-            block = slice(start, start + _MERGED_ROWS)
-            merged = torch.addmm(original[block].double(), left[block], right)
-            if not float(torch.linalg.vector_norm(merged, torch.inf)) <= torch.finfo(weight.dtype).max:
-                weight.copy_(original)
-                raise UndefinedUpdateError(
-                    f"expected a finite merged weight, got NaN or infinities in {weight.dtype}. "
-                    "Check the factors, or convert the model to a wider dtype."
-                )
-            weight[block] = merged.to(weight.dtype)
-        self._original = original
+class LoraParameter(nn.Module):
+    """A parametrisation that adds low-rank updates to a tensor: ``W + sum_a weight_a · ΔW_a``.
 
-    def unmerge(self) -> None:
-        """Put the base weight back as it was before ``merge``, bit for bit.
+    For tensors that a model reads without calling a layer: packed attention projections, stacked experts.
 
-        Raises
-        ------
-        ValueError
-            If it is not merged.
-        """
-        if self._original is None:
-            raise ValueError("expected a merged layer, got an unmerged one. Call merge first.")
-        self.weight.data.copy_(self._original)
-        self._original = None
+    Parameters
+    ----------
+    storage : Storage
+        How the tensor stores its matrix or matrices.
+
+    Attributes
+    ----------
+    adapters : Adapters
+    storage : Storage
+    original : Tensor or None
+        The tensor as it was, while updates are merged into it.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        super().__init__()
+        self.storage = storage
+        self.adapters = Adapters()
+        self.original: Tensor | None = None
+
+    def add(self, name: str, factors: LoraFactors) -> None:
+        """Put an adapter beside the others, and let it alone act."""
+        self.adapters[name] = factors
+        self.adapters.active = {name: 1.0}
+
+    @property
+    def factors(self) -> LoraFactors:
+        """The factors of the one adapter there is."""
+        return self.adapters.only()
+
+    @property
+    def merged(self) -> bool:
+        """Whether updates are part of the tensor now."""
+        return self.original is not None
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """The tensor with the updates added, in its dtype."""
+        acting = [] if self.merged else self.adapters.acting()
+        total = tensor
+        for factors, weight in acting:
+            total = total + self.storage.stored(weight * factors.differentiable_delta_w())
+        return total.to(tensor.dtype)
+
+
+Site = LoraLayer | LoraParameter
+"""What stands in the place of an adapted weight."""
+
+
+def row_norms(weight: Tensor, storage: Storage, factors: LoraFactors) -> Tensor:
+    """``‖W + ΔW‖`` of each output, shape (d_out,), without gradients: DoRA's denominators."""
+    with torch.no_grad():
+        whole = storage.matrix(weight).to(factors.lora_A.dtype) + factors.differentiable_delta_w()
+        norms: Tensor = torch.linalg.vector_norm(whole, dim=1)
+        return norms
+
+
+def _per_output(vector: Tensor, storage: Storage) -> Tensor:
+    """A vector over the outputs, to multiply a layer's output with: channels come before space in a convolution's."""
+    return vector.view(-1, *(1 for _ in storage.kernel))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The adapted modules of a model by name, in the order of ``model.named_modules()``.
+    """The adapted layers of a model by name, in the order of ``model.named_modules()``.
 
-    A module that sits under several names comes once, under the first. Empty if nothing is adapted.
+    A layer that sits under several names comes once, under the first. Empty if no layer is adapted; parameters that
+    are adapted without a layer are in ``sites``.
     """
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def merge(model: nn.Module) -> None:
-    """Fold every update into its base weight: ``W' = W + ΔW``, the sum in float64, rounded once.
+def sites(model: nn.Module) -> dict[str, Site]:
+    """Every adapted weight of a model, named as in the model's state dict without ``.weight``.
 
-    The weights change in place, so references to them stay valid; a merged model costs what its base
-    costs at inference. All layers are merged, or none.
-
-    Parameters
-    ----------
-    model : Module
-        A model adapted by ``inject`` or ``attach``.
-
-    Raises
-    ------
-    ValueError
-        If the model is not adapted, a layer is merged already (an update is never added twice), or a
-        weight is tied to another module's, which would change with it.
-    UndefinedUpdateError
-        If a merged weight would hold NaN or infinities.
+    Examples
+    --------
+    >>> from lora_analysis.training import inject
+    >>> model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "head": nn.Linear(4, 3)})
+    >>> inject(model, ["head"], parameters=["in_proj_weight"], r=1)
+    ['head', 'attention.in_proj_weight']
+    >>> list(sites(model))
+    ['attention.in_proj_weight', 'head']
     """
-    layers = _require_adapted(model)
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(f"{name!r}: expected an unmerged layer, got a merged one. Call unmerge first.")
-    _require_untied(model, layers)
-    done: list[LoraLayer] = []
-    for name, layer in layers.items():
-        try:
-            layer.merge()
-        except UndefinedUpdateError as error:
-            for earlier in done:
-                earlier.unmerge()
-            raise UndefinedUpdateError(f"{name!r}: {error}") from None
-        done.append(layer)
-
-
-def unmerge(model: nn.Module) -> None:
-    """Put every base weight back as it was before ``merge``, bit for bit.
-
-    Raises
-    ------
-    ValueError
-        If the model is not adapted, or a layer is not merged.
-    """
-    layers = _require_adapted(model)
-    for name, layer in layers.items():
-        if not layer.merged:
-            raise ValueError(f"{name!r}: expected a merged layer, got an unmerged one. Call merge first.")
-    for layer in layers.values():
-        layer.unmerge()
-
-
-def _require_adapted(model: nn.Module) -> dict[str, LoraLayer]:
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__}: expected a model with LoRA layers, got none. Call inject or attach first."
-        )
-    return layers
-
-
-def _require_untied(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
-    users: dict[int, list[str]] = {}
+    found: dict[str, Site] = {}
     for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
-    for name, layer in layers.items():
-        others = [user for user in users[id(layer.weight)] if user != name]
-        if others:
-            raise ValueError(
-                f"{name!r}: its weight is tied to that of {others[0]!r}, which merging would change too. "
-                "Give the layer its own copy of the weight, or leave the model unmerged."
-            )
+        if isinstance(module, LoraLayer):
+            found[name] = module
+        elif isinstance(module, LoraParameter):
+            tensor = _PARAMETRIZED.sub("", name)
+            found[tensor.removesuffix(".weight")] = module
+    return found
+
+
+_PARAMETRIZED = re.compile(r"(?:(?<=\.)|^)parametrizations\.(?=[^.]+\.\d+\Z)|\.\d+\Z")
+"""What ``torch.nn.utils.parametrize`` puts round the name of a tensor."""

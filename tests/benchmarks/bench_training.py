@@ -74,7 +74,7 @@ def with_ours(base: nn.Module, targets: list[str], r: int) -> nn.Module:
     model = copy.deepcopy(base)
     training.inject(model, targets, r=r, alpha=ALPHA)
     for layer in training.lora_layers(model).values():
-        nn.init.normal_(layer.lora_B, std=0.02)  # at B = 0 the gradient of A is zero, and compares equal to anything
+        nn.init.normal_(layer.factors.lora_B, std=0.02)  # at B = 0 the gradient of A is zero, and compares equal to anything
     return model
 
 
@@ -84,8 +84,8 @@ def with_peft(ours: nn.Module, base: nn.Module, targets: list[str], r: int) -> A
     with torch.no_grad():
         for name, layer in training.lora_layers(ours).items():
             theirs = model.base_model.model.get_submodule(name)
-            theirs.lora_A["default"].weight.copy_(layer.lora_A)
-            theirs.lora_B["default"].weight.copy_(layer.lora_B)
+            theirs.lora_A["default"].weight.copy_(layer.factors.lora_A)
+            theirs.lora_B["default"].weight.copy_(layer.factors.lora_B)
     return model
 
 
@@ -95,7 +95,7 @@ def with_loralib(ours: nn.Module, base: nn.Module, r: int) -> nn.Module:
         parent, _, child = name.rpartition(".")
         theirs = loralib.Linear(layer.in_features, layer.out_features, r=r, lora_alpha=ALPHA, merge_weights=False)
         theirs.load_state_dict(
-            {"weight": layer.weight, "bias": layer.bias, "lora_A": layer.lora_A, "lora_B": layer.lora_B}
+            {"weight": layer.weight, "bias": layer.bias, "lora_A": layer.factors.lora_A, "lora_B": layer.factors.lora_B}
         )
         setattr(model.get_submodule(parent), child, theirs)
     loralib.mark_only_lora_as_trainable(model)

@@ -17,14 +17,14 @@ from lora_analysis.update import DenseUpdate, LowRankUpdate, factors
 
 def base_model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), Conv1D(4, 5), nn.Embedding(3, 3))
+    return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), Conv1D(4, 5), nn.Embedding(3, 3, max_norm=1.0))
 
 
 def trained_model() -> nn.Module:
     model = base_model()
     training.inject(model, ["0", "2"], r=3, alpha=5.0)
     for layer in training.lora_layers(model).values():
-        nn.init.normal_(layer.lora_B)
+        nn.init.normal_(layer.factors.lora_B)
     return model
 
 
@@ -68,7 +68,7 @@ def test_extracted_factors_do_not_move_with_the_model() -> None:
     adapter = training.extract(model)
     up, _ = factors(adapter["0"])
     before = up.clone()
-    nn.init.zeros_(training.lora_layers(model)["0"].lora_B)
+    nn.init.zeros_(training.lora_layers(model)["0"].factors.lora_B)
     assert torch.equal(factors(adapter["0"])[0], before)
     assert not up.requires_grad
 
@@ -78,10 +78,11 @@ def test_a_model_without_lora_layers_has_nothing_to_extract() -> None:
         training.extract(base_model())
 
 
-def test_names_and_initial_factors_are_for_models_of_peft() -> None:
-    for options in ({"name": "default"}, {"initial": Adapter({})}):
-        with pytest.raises(ValueError, match="name= and initial= are for models of peft"):
-            training.extract(trained_model(), **options)
+def test_initial_factors_are_for_models_of_peft_and_names_for_adapters_there_are() -> None:
+    with pytest.raises(ValueError, match="initial= is for models of peft"):
+        training.extract(trained_model(), initial=Adapter({}))
+    with pytest.raises(ValueError, match="expected an adapter named 'other', got 'default'"):
+        training.extract(trained_model(), name="other")
 
 
 def test_attach_puts_back_what_extract_took() -> None:
@@ -101,8 +102,8 @@ def test_attach_puts_back_what_extract_took() -> None:
 def test_an_attached_model_goes_on_training_from_the_adapters_a() -> None:
     model = base_model().eval()
     training.attach(model, Adapter({"0": update()}), dropout=0.2)
-    layer = training.lora_layers(model)["0"]
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.lora_A", "0.lora_B"]
+    layer = training.lora_layers(model)["0"].factors
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [f"0.adapters.default.lora_{f}" for f in "AB"]
     assert torch.equal(layer.lora_A0, update().down)
     assert (layer.scale, layer.r, layer.dropout, layer.training) == (0.1, 2, 0.2, False)
 
@@ -112,9 +113,9 @@ def test_attached_factors_are_copies_in_the_dtype_of_the_layer() -> None:
     model = base_model().bfloat16()
     training.attach(model, adapter)
     layer = training.lora_layers(model)["0"]
-    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    assert layer.factors.lora_A.dtype == layer.factors.lora_B.dtype == torch.float32
     with torch.no_grad():
-        layer.lora_A.zero_()
+        layer.factors.lora_A.zero_()
     assert bool((factors(adapter["0"])[1] == 1).all())
 
 
@@ -130,7 +131,7 @@ def test_the_model_says_how_a_weight_is_stored_whatever_the_adapter_says() -> No
     update_2 = update(4, 5)
     model = base_model()
     training.attach(model, Adapter({"2": update_2}, targets={"2": Target("2.weight", transposed=False)}))
-    torch.testing.assert_close(training.lora_layers(model)["2"].delta_w(), update_2.dense(), rtol=0, atol=0)
+    torch.testing.assert_close(training.lora_layers(model)["2"].factors.delta_w(), update_2.dense(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -167,21 +168,29 @@ def test_the_model_says_how_a_weight_is_stored_whatever_the_adapter_says() -> No
             UnsupportedAdapterError,
             "'0': expected an update with factors A and B, got DenseUpdate",
         ),
-        (Adapter({"3": update(3, 3)}), UnsupportedAdapterError, "'3': expected a torch.nn.Linear.*Embedding"),
+        (Adapter({"3": update(3, 3)}), UnsupportedAdapterError, "'3': expected an embedding without max_norm"),
         (
-            Adapter({"0.q": update(2, 7)}, targets={"0.q": Target("0.weight", rows=(0, 2))}),
+            Adapter({"0.q": update(2, 7)}, targets={"0.q": Target("0.weight", columns=(0, 7))}),
             UnsupportedAdapterError,
-            "'0.q': expected an update of a whole weight, got one of a slice of '0.weight'",
+            "'0.q': an update of a slice of columns cannot be attached",
+        ),
+        (
+            Adapter(
+                {"0.q": update(2, 7), "0.v": update(2, 7)},
+                targets={"0.q": Target("0.weight", rows=(0, 2)), "0.v": Target("0.weight", rows=(1, 3))},
+            ),
+            UnsupportedAdapterError,
+            "expected one update for each part of a weight of the model, got '0.q' and '0.v' for '0'",
         ),
         (
             Adapter({"0.1": update()}, targets={"0.1": Target("0.weight", expert=1)}),
             UnsupportedAdapterError,
-            "'0.1': expected an update of a whole weight",
+            "'0.1': expected stacked experts in '0'",
         ),
         (
             Adapter({"0": update(), "x": update()}, targets={"x": Target("0.weight")}),
             UnsupportedAdapterError,
-            "expected one update per module of the model, got '0' and 'x' for '0'",
+            "expected one update for each part of a weight of the model, got '0' and 'x' for '0'",
         ),
     ],
 )
@@ -197,6 +206,6 @@ def test_what_does_not_fit_is_refused_and_the_model_left_alone(
     assert list(model.state_dict()) == list(before)
 
 
-def test_a_model_that_has_lora_layers_takes_no_other_adapter() -> None:
-    with pytest.raises(ValueError, match="'0': expected a model without LoRA layers"):
+def test_a_model_takes_no_other_adapter_of_a_name_it_has() -> None:
+    with pytest.raises(ValueError, match="'0': expected a model without an adapter named 'default'"):
         training.attach(trained_model(), Adapter({"0": update()}))

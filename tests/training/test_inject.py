@@ -18,8 +18,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_analysis import training
-from lora_analysis.training import LoraLayer
-from lora_analysis.training.inject import initial_down
+from lora_analysis.training import LoraFactors, LoraLayer
+from lora_analysis.training.initial import initial_down
 
 # peft 0.21 asks transformers for a name that transformers is about to retire.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -81,7 +81,7 @@ def test_only_the_factors_train_and_the_model_begins_as_its_base() -> None:
     before = model(tokens).logits
     names = training.inject(model, ["c_attn", "c_proj"], r=2, dropout=0.1)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trainable == [f"{name}.{factor}" for name in names for factor in ("lora_A", "lora_B")]
+    assert trainable == [f"{name}.adapters.default.{factor}" for name in names for factor in ("lora_A", "lora_B")]
     assert torch.equal(model(tokens).logits, before)
     assert not any(module.training for module in model.modules())
 
@@ -90,8 +90,8 @@ def test_the_scale_is_alpha_over_r_or_its_root() -> None:
     for rslora, scale in ((False, 3 / 4), (True, 3 / 2)):
         model = nn.Sequential(nn.Linear(3, 3))
         training.inject(model, ["0"], r=4, alpha=3, rslora=rslora)
-        layer = training.lora_layers(model)["0"]
-        assert (layer.scale, layer.alpha, layer.r) == (scale, 3, 4)
+        factors = training.lora_layers(model)["0"].factors
+        assert (factors.scale, factors.alpha, factors.r) == (scale, 3, 4)
 
 
 def test_a_begins_uniform_within_one_over_the_root_of_d_in() -> None:
@@ -126,7 +126,7 @@ def test_a_small_r_is_never_a_prefix_of_a_large_one(large: int) -> None:
     for r in (8, large):
         model = nn.Sequential(nn.Linear(16, 4))
         training.inject(model, ["0"], r=r, seed=0)
-        models.append(training.lora_layers(model)["0"].lora_A)
+        models.append(training.lora_layers(model)["0"].factors.lora_A)
     assert not bool((models[0] == models[1][:8]).any())
 
 
@@ -135,7 +135,7 @@ def test_a_is_the_same_in_every_dtype_and_for_every_choice_of_other_modules() ->
     for dtype, targets in ((torch.float64, ["0", "1"]), (torch.bfloat16, ["1"])):
         model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)).to(dtype)
         training.inject(model, targets, r=3, seed=7)
-        drawn.append(training.lora_layers(model)["1"].lora_A.double())
+        drawn.append(training.lora_layers(model)["1"].factors.lora_A.double())
     assert torch.equal(*drawn)
 
 
@@ -151,7 +151,7 @@ def test_the_global_random_state_and_defaults_are_neither_read_nor_moved() -> No
         finally:
             torch.set_default_dtype(torch.float32)
         assert torch.equal(torch.get_rng_state(), before)
-        drawn.append(training.lora_layers(model)["0"].lora_A)
+        drawn.append(training.lora_layers(model)["0"].factors.lora_A)
     assert torch.equal(*drawn)
 
 
@@ -179,8 +179,9 @@ class Quantised(nn.Linear):
 @pytest.mark.parametrize(
     ("module", "targets", "message"),
     [
-        (nn.Embedding(3, 3), ["0"], r"'0': expected a torch.nn.Linear or transformers Conv1D .*Embedding"),
-        (nn.Conv2d(3, 3, 1), ["0"], r"'0': .*got torch.nn.modules.conv.Conv2d"),
+        (nn.LSTM(3, 3), ["0"], r"'0': expected a torch.nn.Linear, Embedding or ConvNd.*got .*LSTM"),
+        (nn.ConvTranspose2d(3, 3, 1), ["0"], r"'0': .*got torch.nn.modules.conv.ConvTranspose2d"),
+        (nn.Embedding(3, 3, max_norm=1.0), ["0"], r"'0': expected an embedding without max_norm"),
         (Quantised(3, 3), ["0"], r"'0': .*whose forward is its own, got .*Quantised"),
         (Quantised(3, 3), "all-linear", r"'0': .*Quantised"),
         (loralib.Linear(3, 3, r=1), ["0"], r"'0': .*got loralib.layers.Linear"),
@@ -202,7 +203,8 @@ def test_an_encoder_layer_does_read_past_the_layer_in_eval_mode() -> None:
     # The reason for refusing it: torch's fast path takes the weight and never calls the layer.
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0).eval()
-    wrapped = LoraLayer(layer.linear1, torch.randn(2, 4), torch.randn(8, 2), alpha=1.0, scale=1.0)
+    wrapped = LoraLayer(layer.linear1)
+    wrapped.add("default", LoraFactors(torch.randn(2, 4), torch.randn(8, 2), d_out=8, alpha=1.0, scale=1.0))
     x = torch.randn(1, 3, 4)
     with torch.no_grad():
         before = layer(x)
@@ -257,10 +259,10 @@ def test_a_rank_or_seed_that_is_no_integer_is_refused() -> None:
             training.inject(nn.Sequential(nn.Linear(3, 3)), ["0"], **options)  # type: ignore[arg-type]
 
 
-def test_a_model_that_has_lora_layers_is_refused() -> None:
+def test_an_adapter_of_that_name_and_a_model_of_peft_are_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     training.inject(model, ["0"])
-    with pytest.raises(ValueError, match="'0': expected a model without LoRA layers, got one with 1"):
+    with pytest.raises(ValueError, match="'0': expected a model without an adapter named 'default', got one on 1"):
         training.inject(model, ["1"])
     foreign = peft.get_peft_model(
         nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), peft.LoraConfig(target_modules=["0"])

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_analysis import training
 from lora_analysis.errors import UndefinedUpdateError
-from lora_analysis.training import LoraLayer
+from lora_analysis.training import LoraFactors, LoraLayer
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 DOUBLE = {"rtol": 1e-12, "atol": 1e-12}  # sums of tens of float64 terms of order one
@@ -24,7 +24,15 @@ def random_layer(
     generator = torch.Generator().manual_seed(1)
     A = torch.randn(r, d_in, generator=generator, dtype=torch.float64)
     B = torch.randn(d_out, r, generator=generator, dtype=torch.float64)
-    return LoraLayer(base, A, B, alpha=scale * r, scale=scale, dropout=dropout)
+    return adapted(base, A, B, scale=scale, dropout=dropout)
+
+
+def adapted(base: nn.Module, A: torch.Tensor, B: torch.Tensor, *, scale: float, dropout: float = 0.0) -> LoraLayer:
+    layer = LoraLayer(base)
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    factors = LoraFactors(A.to(dtype), B.to(dtype), d_out=len(B), alpha=scale * len(A), scale=scale, dropout=dropout)
+    layer.add("default", factors)
+    return layer
 
 
 def random_model(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -32,7 +40,7 @@ def random_model(dtype: torch.dtype = torch.float64) -> nn.Module:
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), Conv1D(4, 5)).to(dtype)
     training.inject(model, ["0", "2"], r=3, alpha=5.0, seed=0)
     for layer in training.lora_layers(model).values():
-        nn.init.normal_(layer.lora_B, std=0.3)
+        nn.init.normal_(layer.factors.lora_B, std=0.3)
     return model
 
 
@@ -46,9 +54,9 @@ def test_the_layer_is_the_dense_equation(kind: str, d_in: int, d_out: int, r: in
     layer = random_layer(base, d_in, d_out, r=r, scale=scale)
     weight = base.weight if kind == "Linear" else base.weight.T
     x = torch.randn(2, 3, d_in, dtype=torch.float64)
-    dense = weight + scale * layer.lora_B @ layer.lora_A
+    dense = weight + scale * layer.factors.lora_B @ layer.factors.lora_A
     torch.testing.assert_close(layer(x), F.linear(x, dense, base.bias), rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(layer.delta_w(), (dense - weight).detach(), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(layer.factors.delta_w(), (dense - weight).detach(), rtol=1e-11, atol=1e-11)
 
 
 def test_attributes_of_the_base_are_passed_through() -> None:
@@ -56,10 +64,11 @@ def test_attributes_of_the_base_are_passed_through() -> None:
     layer = random_layer(base, 6, 4)
     assert layer.weight is base.weight
     assert layer.bias is None
-    assert (layer.in_features, layer.out_features, layer.r, layer.scale) == (6, 4, 3, 0.7)
-    assert list(layer.state_dict()) == ["lora_A", "lora_B", "base_layer.weight"]
+    assert (layer.factors.d_out, layer.factors.r, layer.factors.scale) == (4, 3, 0.7)
+    names = ["base_layer.weight", "adapters.default.lora_A", "adapters.default.lora_B"]
+    assert list(layer.state_dict()) == names
     conv = random_layer(Conv1D(4, 6), 6, 4)
-    assert (conv.in_features, conv.out_features, conv.transposed) == (6, 4, True)
+    assert (conv.storage.matrix_shape, conv.storage.transposed) == ((4, 6), True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -67,9 +76,9 @@ def test_factors_of_a_16_bit_base_are_float32_and_the_output_keeps_its_dtype(dty
     torch.manual_seed(0)
     base = nn.Linear(6, 4).to(dtype)
     layer = random_layer(base, 6, 4)
-    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    assert layer.factors.lora_A.dtype == layer.factors.lora_B.dtype == torch.float32
     x = torch.randn(5, 6).to(dtype)
-    expected = base(x) + 0.7 * F.linear(F.linear(x.float(), layer.lora_A), layer.lora_B)
+    expected = base(x) + 0.7 * F.linear(F.linear(x.float(), layer.factors.lora_A), layer.factors.lora_B)
     assert layer(x).dtype == dtype
     # One rounding of the same float32 sum, up to its own last bits.
     torch.testing.assert_close(layer(x).float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
@@ -84,8 +93,8 @@ def test_autocast_gives_bf16_outputs_and_float32_gradients(base_dtype: torch.dty
         y = layer(x)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
-    assert layer.lora_A.grad is not None
-    assert layer.lora_A.grad.dtype == torch.float32
+    assert layer.factors.lora_A.grad is not None
+    assert layer.factors.lora_A.grad.dtype == torch.float32
 
 
 def test_dropout_acts_on_the_update_alone_and_only_in_training() -> None:
@@ -97,28 +106,28 @@ def test_dropout_acts_on_the_update_alone_and_only_in_training() -> None:
     torch.manual_seed(3)
     got = layer(x)
     torch.manual_seed(3)
-    update = F.linear(F.dropout(x, 0.5), 0.7 * layer.lora_B @ layer.lora_A)
+    update = F.linear(F.dropout(x, 0.5), 0.7 * layer.factors.lora_B @ layer.factors.lora_A)
     torch.testing.assert_close(got, base(x) + update, **DOUBLE)
     layer.eval()
     torch.testing.assert_close(layer(x), layer(x), **EXACT)
-    torch.testing.assert_close(layer(x), base(x) + F.linear(x, layer.delta_w()), **DOUBLE)
+    torch.testing.assert_close(layer(x), base(x) + F.linear(x, layer.factors.delta_w()), **DOUBLE)
 
 
 def test_factors_that_do_not_fit_the_weight_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"lora_A \(r, 6\) and lora_B \(4, r\).*got \(2, 4\) and \(6, 2\)"):
-        LoraLayer(nn.Linear(6, 4), torch.ones(2, 4), torch.ones(6, 2), alpha=1.0, scale=1.0)
+    with pytest.raises(ValueError, match=r"lora_A \(r, d_in\) and lora_B \(4, r\).*got \(2, 4\) and \(6, 2\)"):
+        LoraFactors(torch.ones(2, 4), torch.ones(6, 2), d_out=4, alpha=1.0, scale=1.0)
 
 
 def test_the_initial_a_follows_the_model_and_is_not_saved() -> None:
     model = random_model()
     layer = training.lora_layers(model)["0"]
-    before = layer.lora_A.detach().clone()
+    before = layer.factors.lora_A.detach().clone()
     with torch.no_grad():
-        layer.lora_A += 1
-    torch.testing.assert_close(layer.lora_A0, before, **EXACT)
-    assert not layer.lora_A0.requires_grad
+        layer.factors.lora_A += 1
+    torch.testing.assert_close(layer.factors.lora_A0, before, **EXACT)
+    assert not layer.factors.lora_A0.requires_grad
     assert not any("lora_A0" in name for name in model.state_dict())
-    assert training.lora_layers(copy.deepcopy(model))["0"].lora_A0 is not layer.lora_A0
+    assert training.lora_layers(copy.deepcopy(model))["0"].factors.lora_A0 is not layer.factors.lora_A0
 
 
 def test_a_merged_forward_is_the_unmerged_one_to_rounding() -> None:
@@ -156,7 +165,9 @@ def test_a_merged_weight_is_the_float64_sum_rounded_to_the_dtype(dtype: torch.dt
     layers = training.lora_layers(model)
     expected = {}
     for name, layer in layers.items():
-        delta = 5.0 / 3 * layer.lora_B.detach().double().numpy() @ layer.lora_A.detach().double().numpy()
+        delta = (
+            5.0 / 3 * layer.factors.lora_B.detach().double().numpy() @ layer.factors.lora_A.detach().double().numpy()
+        )
         stored = layer.weight.detach().double().numpy()
         expected[name] = torch.from_numpy(stored + (delta.T if name == "2" else delta))
     training.merge(model)
@@ -174,9 +185,9 @@ def test_a_small_update_survives_in_float64_where_adding_in_bf16_loses_it() -> N
     with torch.no_grad():
         base.weight.fill_(1.0)
     spacing = 2.0**-7  # of bfloat16 above 1
-    layer = LoraLayer(base, torch.ones(2, 2), torch.full((1, 2), 0.3 * spacing), alpha=2.0, scale=1.0)
-    layer.merge()  # 0.3 + 0.3 spacings round up to one; each alone would round to none
-    assert layer.weight.tolist() == [[1 + spacing, 1 + spacing]]
+    model = nn.Sequential(adapted(base, torch.ones(2, 2), torch.full((1, 2), 0.3 * spacing), scale=1.0))
+    training.merge(model)  # 0.3 + 0.3 spacings round up to one; each alone would round to none
+    assert base.weight.tolist() == [[1 + spacing, 1 + spacing]]
 
 
 def test_merging_is_in_place_for_whoever_holds_the_weight() -> None:
@@ -203,7 +214,7 @@ def test_merging_twice_and_unmerging_twice_are_refused() -> None:
 def test_a_merge_that_overflows_leaves_every_layer_as_it_was() -> None:
     model = random_model(torch.float16)
     with torch.no_grad():
-        training.lora_layers(model)["2"].lora_B.fill_(1e6)
+        training.lora_layers(model)["2"].factors.lora_B.fill_(1e6)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UndefinedUpdateError, match=r"'2': expected a finite merged weight.*torch.float16"):
         training.merge(model)

@@ -38,7 +38,12 @@ def test_training_moves_the_factors_and_nothing_else() -> None:
     losses = training.train(model, batches(1) * 60, squared_error, lr=1e-2, weight_decay=0.1)
     assert losses[-1] < losses[0]
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == {"0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"}
+    assert moved == {
+        "0.adapters.default.lora_A",
+        "0.adapters.default.lora_B",
+        "2.adapters.default.lora_A",
+        "2.adapters.default.lora_B",
+    }
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -119,7 +124,7 @@ def test_autocast_runs_the_loss_in_bf16_and_trains_float32_factors() -> None:
     losses = training.train(model, batches(3), loss, autocast=torch.bfloat16)
     plain = training.train(adapted_model(), batches(3), squared_error)
     assert set(seen) == {torch.bfloat16}
-    assert training.lora_layers(model)["0"].lora_A.dtype == torch.float32
+    assert training.lora_layers(model)["0"].factors.lora_A.dtype == torch.float32
     assert losses == pytest.approx(plain, rel=0.02)  # a few bf16 roundings of 2⁻⁸
 
 
@@ -176,7 +181,7 @@ def test_arguments_out_of_range_are_refused_before_any_step(options: dict[str, A
     model = adapted_model()
     with pytest.raises(ValueError, match=message):
         training.train(model, batches(3), squared_error, **options)
-    assert bool((training.lora_layers(model)["0"].lora_B == 0).all())
+    assert bool((training.lora_layers(model)["0"].factors.lora_B == 0).all())
 
 
 def test_a_stream_that_runs_out_says_after_how_many() -> None:

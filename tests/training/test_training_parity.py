@@ -104,8 +104,8 @@ def peft_peer(
     with torch.no_grad():
         for name, layer in training.lora_layers(ours).items():
             theirs = peer.base_model.model.get_submodule(name)
-            theirs.lora_A["default"].weight.copy_(layer.lora_A)
-            theirs.lora_B["default"].weight.copy_(layer.lora_B)
+            theirs.lora_A["default"].weight.copy_(layer.factors.lora_A)
+            theirs.lora_B["default"].weight.copy_(layer.factors.lora_B)
     return peer
 
 
@@ -119,7 +119,7 @@ def trained_pair(case: str, *, rslora: bool = False) -> tuple[nn.Module, nn.Modu
     our_losses = training.train(ours, data(), loss, lr=1e-2)
     peer_losses = training.train(peer, data(), loss, lr=1e-2)
     assert our_losses == pytest.approx(peer_losses, rel=LOSS)
-    assert all(bool((layer.lora_B != 0).all()) for layer in training.lora_layers(ours).values())
+    assert all(bool((layer.factors.lora_B != 0).all()) for layer in training.lora_layers(ours).values())
     return base, ours, peer
 
 
@@ -150,7 +150,7 @@ def test_gradients_are_those_of_peft_and_reach_the_factors_alone(case: str) -> N
         loss(model, data()[0]).backward()
     for name, layer in training.lora_layers(ours).items():
         theirs = peer.base_model.model.get_submodule(name)
-        for mine, other in ((layer.lora_A, theirs.lora_A), (layer.lora_B, theirs.lora_B)):
+        for mine, other in ((layer.factors.lora_A, theirs.lora_A), (layer.factors.lora_B, theirs.lora_B)):
             torch.testing.assert_close(mine.grad, other["default"].weight.grad, rtol=1e-6, atol=1e-9)
     assert all((p.grad is not None) == (".lora_" in name) for name, p in ours.named_parameters())
 
@@ -160,7 +160,7 @@ def test_merging_in_float32_gives_the_weights_of_peft() -> None:
     ours = copy.deepcopy(base)
     training.inject(ours, ["c_attn", "c_proj"], r=R, alpha=ALPHA)
     for layer in training.lora_layers(ours).values():
-        nn.init.normal_(layer.lora_B, std=0.1)
+        nn.init.normal_(layer.factors.lora_B, std=0.1)
     peer = peft_peer(base, ours, ["c_attn", "c_proj"], conv1d=True)
     training.merge(ours)
     mine = {name.replace(".base_layer", ""): t for name, t in ours.state_dict().items()}
@@ -178,7 +178,7 @@ def test_a_bf16_base_trains_as_in_peft_and_merges_closer_to_the_exact_sum() -> N
     # The factors are float32 on both sides; outputs are rounded to bf16 beside ties in few places.
     assert our_losses == pytest.approx(training.train(peer, data, vector_loss, lr=1e-2), rel=2e-2)
     layers = training.lora_layers(ours)
-    exact = {name: layer.weight.detach().double() + layer.delta_w() for name, layer in layers.items()}
+    exact = {name: layer.weight.detach().double() + layer.factors.delta_w() for name, layer in layers.items()}
     training.merge(ours)
     for name, layer in layers.items():
         assert layer.weight.dtype == torch.bfloat16
@@ -193,7 +193,7 @@ def test_dropout_draws_the_masks_of_peft() -> None:
     peer = peft.get_peft_model(copy.deepcopy(base), config)
     with torch.no_grad():
         for name, layer in training.lora_layers(ours).items():
-            peer.base_model.model.get_submodule(name).lora_A["default"].weight.copy_(layer.lora_A)
+            peer.base_model.model.get_submodule(name).lora_A["default"].weight.copy_(layer.factors.lora_A)
     losses = []
     for model in (ours, peer):
         torch.manual_seed(4)
@@ -211,7 +211,8 @@ def test_losses_and_merged_weights_are_those_of_loralib(optimizer: type[torch.op
         nn.Tanh(),
         loralib.Linear(10, 4, r=R, lora_alpha=ALPHA, bias=False),
     ).double()
-    state = {name.replace(".base_layer", ""): tensor for name, tensor in ours.state_dict().items()}
+    ours_by_name = ours.state_dict().items()
+    state = {name.replace(".base_layer", "").replace(".adapters.default", ""): tensor for name, tensor in ours_by_name}
     peer.load_state_dict(state)
     loralib.mark_only_lora_as_trainable(peer)
     losses: list[list[float]] = []
@@ -243,10 +244,10 @@ def test_loralibs_transposed_storage_is_a_conv1d() -> None:
         nn.init.normal_(peer.lora_B)
         layer.weight.copy_(peer.weight)
         layer.bias.copy_(peer.bias)
-        layer.lora_A.copy_(peer.lora_A)
-        layer.lora_B.copy_(peer.lora_B)
+        layer.factors.lora_A.copy_(peer.lora_A)
+        layer.factors.lora_B.copy_(peer.lora_B)
     x = torch.randn(5, 6, dtype=torch.float64)
     torch.testing.assert_close(ours(x), peer(x), rtol=1e-12, atol=1e-12)
     peer.eval()
-    layer.merge()
+    training.merge(ours)
     torch.testing.assert_close(layer.weight, peer.weight, rtol=1e-12, atol=1e-12)
