@@ -29,13 +29,16 @@ Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
 
 from lora_analysis.training.accounting import checkpoint_bytes, lora_count, parameter_count
 from lora_analysis.training.attach import attach
+from lora_analysis.training.distributed import local_parts, process_group
 from lora_analysis.training.extract import extract
 from lora_analysis.training.factors import LoraFactors
+from lora_analysis.training.frozen_prefix import frozen_prefix
 from lora_analysis.training.inject import inject
 from lora_analysis.training.layers import LoraLayer, LoraParameter, lora_layers, sites
 from lora_analysis.training.loop import train
 from lora_analysis.training.memory import measured_memory, peak_memory, training_memory
 from lora_analysis.training.merging import merge, merge_and_unload, unmerge
+from lora_analysis.training.optimizer import parameter_groups
 from lora_analysis.training.switching import activate, adapters, remove
 from lora_analysis.training.system_claims import gpt3_175b, system_claims
 
@@ -48,15 +51,19 @@ __all__ = [
     "attach",
     "checkpoint_bytes",
     "extract",
+    "frozen_prefix",
     "gpt3_175b",
     "inject",
+    "local_parts",
     "lora_count",
     "lora_layers",
     "measured_memory",
     "merge",
     "merge_and_unload",
     "parameter_count",
+    "parameter_groups",
     "peak_memory",
+    "process_group",
     "remove",
     "sites",
     "system_claims",

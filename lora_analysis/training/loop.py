@@ -2,8 +2,9 @@
 
 Conventions
 -----------
-Steps count from 1; the loss of a step is taken before its update. Nothing here draws random numbers,
-so the same model, batches and (for dropout) random state give the same losses.
+Steps are updates and count from 1; the loss of a step is taken before its update, and is the mean over the batches
+that are accumulated for it and over the processes that train together. Nothing here draws random numbers, so the same
+model, batches and (for dropout) random state give the same losses, also if the run is interrupted and taken up again.
 
 Values
 ------
@@ -13,18 +14,23 @@ Values
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
-from typing import Literal, TypeVar, get_args
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from lora_analysis.training.layers import lora_layers
+from lora_analysis.training.distributed import mean_over_processes, rank, require_equal, world_size
+from lora_analysis.training.frozen_prefix import frozen_prefix
+from lora_analysis.training.layers import sites
+from lora_analysis.training.optimizer import parameter_groups
+from lora_analysis.training.recompute import recomputed
+from lora_analysis.training.records import TrainingLog, progress_bar, tokens_in
+from lora_analysis.training.resume import RunState, load_state, save_state
 
 Schedule = Literal["constant", "linear", "cosine"]
 """How the learning rate goes on after warmup: kept, to zero on a line, to zero on half a cosine."""
@@ -39,19 +45,30 @@ def train(
     loss: Callable[[ModelT, Batch], Tensor],
     *,
     lr: float = 1e-3,
+    lr_ratio: float = 1.0,
     steps: int | None = None,
+    accumulate: int = 1,
     weight_decay: float = 0.0,
     schedule: Schedule = "constant",
     warmup: int = 0,
     autocast: torch.dtype | None = None,
     max_grad_norm: float | None = None,
+    recompute: bool = False,
+    cache_frozen: bool = False,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    log: str | Path | None = None,
     progress: bool = False,
+    tokens: Callable[[Batch], int] = tokens_in,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Losses of training a model, one step per batch, in place.
+    """Losses of training a model, in place.
 
     The model is in train mode meanwhile, but for frozen batch normalisation: its running statistics are
     part of the base and would drift. Every module's mode is restored at the end, also after an error.
+
+    In a group of processes (``process_group``) each trains on its own batches, gradients are averaged by
+    ``torch.nn.parallel.DistributedDataParallel``, and ``loss`` is given the model wrapped in it.
 
     Parameters
     ----------
@@ -63,8 +80,12 @@ def train(
         ``loss(model, batch)``, a scalar Tensor.
     lr : float
         Peak learning rate of AdamW.
+    lr_ratio : float
+        The learning rate of B is so many times ``lr`` (LoRA+).
     steps : int, optional
-        Stop after so many batches; all of them by default.
+        Stop after so many updates; when all batches are used by default.
+    accumulate : int
+        Batches whose mean gradient makes one update.
     weight_decay : float
         Of AdamW; decays both factors towards zero.
     schedule : {"constant", "linear", "cosine"}
@@ -75,21 +96,35 @@ def train(
         ``torch.bfloat16`` runs ``loss`` under ``torch.autocast``; the factors stay as they are.
     max_grad_norm : float, optional
         Clip the norm of all gradients together.
+    recompute : bool
+        Gradient checkpointing: less memory for more computing.
+    cache_frozen : bool
+        Compute blocks below the first adapted one once for each row of the data; see ``frozen_prefix``.
+    checkpoint : path, optional
+        A file to write the state of the run to. If it is there, the run is taken up from it: the batches it has used
+        are skipped, so they must come in the same order again. One of a finished run trains nothing.
+    checkpoint_every : int, optional
+        Steps between two writings; only at the end by default.
+    log : path, optional
+        A file of JSON lines, one a step: step, loss, lr, grad_norm, tokens and seconds so far.
     progress : bool
-        Show a bar with loss, speed and time left, on stderr.
+        Show a bar with loss, tokens/s and time left, on stderr.
+    tokens : callable
+        Counts the tokens of a batch, for speed.
     on_step : callable, optional
         ``on_step(step, loss)`` after each update.
 
     Returns
     -------
     list of float
-        The loss at each step, before its update.
+        The loss at each step, before its update; those of a run that is taken up included.
 
     Raises
     ------
     ValueError
         If an argument is out of range, the model is merged or has nothing to train, the loss is not a
-        scalar that depends on what is trained, or the batches run out before ``steps``.
+        scalar that depends on what is trained, the batches run out before ``steps`` or within an update, or the
+        checkpoint is of another run.
     FloatingPointError
         If the loss is NaN or infinite; the parameters are those before that step.
 
@@ -100,49 +135,81 @@ def train(
     >>> losses[0] > losses[2]
     True
     """
-    total = _step_count(batches, steps)
-    if schedule not in get_args(Schedule):
-        raise ValueError(f"schedule: expected one of {get_args(Schedule)}, got {schedule!r}.")
-    if schedule != "constant" and total is None:
-        raise ValueError(f"schedule: {schedule!r} needs the number of steps, got none. Pass steps=.")
-    if warmup < 0:
-        raise ValueError(f"warmup: expected a number of steps, got {warmup}.")
-    if autocast not in (None, torch.bfloat16):
-        raise ValueError(
-            f"autocast: expected None or torch.bfloat16, got {autocast}. float16 needs loss scaling, "
-            "which this loop does not do."
-        )
-    for name, layer in lora_layers(model).items():
-        if layer.merged:
+    total = _step_count(batches, steps, accumulate)
+    _require_settings(schedule, total, warmup, autocast, checkpoint_every)
+    for name, site in sites(model).items():
+        if site.merged:
             raise ValueError(f"{name!r}: expected an unmerged layer, got a merged one. Call unmerge first.")
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError(
-            f"{type(model).__name__}: expected trainable parameters, got none. Call inject or attach first."
-        )
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(schedule, step, warmup=warmup, total=total)
-    )
-    device = parameters[0].device.type
-    losses: list[float] = []
-    with _train_mode(model), _progress_bar(total) if progress else nullcontext() as advance:
-        for step, batch in enumerate(islice(batches, total), start=1):
-            with nullcontext() if autocast is None else torch.autocast(device, dtype=autocast):
-                value = loss(model, batch)
-            losses.append(_checked(value, step))
-            value.backward()  # type: ignore[no-untyped-call]
-            if max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=lr, lr_ratio=lr_ratio), weight_decay=weight_decay)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    require_equal("steps", total)
+    settings = {
+        "lr": lr,
+        "lr_ratio": lr_ratio,
+        "steps": None if schedule == "constant" else total,  # such a run can be prolonged
+        "accumulate": accumulate,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+        "warmup": warmup,
+        "autocast": str(autocast),
+        "max_grad_norm": max_grad_norm,
+    }
+    path = None if checkpoint is None else Path(checkpoint)
+    resumed = None if path is None else load_state(path, model, optimizer, settings)
+    state = resumed or RunState(0, [], 0)
+    losses, seen = list(state.losses), state.tokens
+    device = trained[0].device.type
+    with ExitStack() as stack:
+        stack.enter_context(_train_mode(model))
+        if recompute:
+            stack.enter_context(recomputed(model))
+        if cache_frozen:
+            stack.enter_context(frozen_prefix(model))
+        advance = stack.enter_context(progress_bar(total, state.step)) if progress and rank() == 0 else None
+        written = None
+        if log is not None and rank() == 0:
+            written = TrainingLog(Path(log), state.step)
+            stack.callback(written.close)
+        wrapped = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+        stream = islice(batches, state.step * accumulate, None if total is None else total * accumulate)
+        for step, group in enumerate(_groups(stream, accumulate), start=state.step + 1):
+            for part in optimizer.param_groups:
+                part["lr"] = part.setdefault("peak_lr", part["lr"]) * learning_rate_factor(
+                    schedule, step - 1, warmup=warmup, total=total
+                )
+            values = []
+            for number, batch in enumerate(group, start=1):
+                last = number == accumulate
+                waits = nullcontext() if last or world_size() == 1 else cast(Any, wrapped).no_sync()
+                with waits:
+                    with nullcontext() if autocast is None else torch.autocast(device, dtype=autocast):
+                        value = loss(cast(ModelT, wrapped), batch)
+                    values.append(_checked(value, step))
+                    (value / accumulate if accumulate > 1 else value).backward()  # type: ignore[no-untyped-call]
+                seen += tokens(batch)
+            mean = mean_over_processes(torch.stack(values).double().mean()).item()
+            if not math.isfinite(mean):
+                optimizer.zero_grad()
+                raise FloatingPointError(
+                    f"step {step}: expected a finite loss, got {mean}. Lower lr=, or pass max_grad_norm=."
+                )
+            losses.append(mean)
+            norm = _gradient_norm(trained, max_grad_norm, wanted=written is not None)
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad()
+            if written is not None:
+                rate = optimizer.param_groups[0]["lr"]
+                written.write(step=step, loss=mean, lr=rate, grad_norm=norm, tokens=seen)
             if advance is not None:
-                advance(step, losses[-1])
+                advance(step, mean, seen - state.tokens)
             if on_step is not None:
-                on_step(step, losses[-1])
+                on_step(step, mean)
+            if path is not None and (step == total or (checkpoint_every and step % checkpoint_every == 0)):
+                save_state(path, RunState(step, losses, seen), model, optimizer, settings)
     if len(losses) < (steps or 1):
-        raise ValueError(_too_few(steps, len(losses)))
+        raise ValueError(_too_few(steps, len(losses), accumulate))
+    if path is not None and total is None:
+        save_state(path, RunState(len(losses), losses, seen), model, optimizer, settings)
     return losses
 
 
@@ -168,21 +235,54 @@ def learning_rate_factor(schedule: Schedule, step: int, *, warmup: int, total: i
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def _step_count(batches: Iterable[object], steps: int | None) -> int | None:
+def _require_settings(
+    schedule: str, total: int | None, warmup: int, autocast: torch.dtype | None, checkpoint_every: int | None
+) -> None:
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule: expected one of {get_args(Schedule)}, got {schedule!r}.")
+    if schedule != "constant" and total is None:
+        raise ValueError(f"schedule: {schedule!r} needs the number of steps, got none. Pass steps=.")
+    if warmup < 0:
+        raise ValueError(f"warmup: expected a number of steps, got {warmup}.")
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every: expected at least 1 step, got {checkpoint_every}.")
+    if autocast not in (None, torch.bfloat16):
+        raise ValueError(
+            f"autocast: expected None or torch.bfloat16, got {autocast}. float16 needs loss scaling, "
+            "which this loop does not do."
+        )
+
+
+def _step_count(batches: Iterable[object], steps: int | None, accumulate: int) -> int | None:
     available = len(batches) if isinstance(batches, Sized) else None
+    if accumulate < 1:
+        raise ValueError(f"accumulate: expected at least 1 batch, got {accumulate}.")
     if steps is not None and steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}.")
-    if available is not None and available < (steps or 1):
-        raise ValueError(_too_few(steps, available))
-    return available if steps is None else steps
+    if available is not None and available < (steps or 1) * accumulate:
+        raise ValueError(_too_few(steps, available, accumulate))
+    if available is not None and steps is None and available % accumulate:
+        raise ValueError(f"batches: expected a multiple of accumulate={accumulate}, got {available}. Pass steps=.")
+    return available // accumulate if available is not None and steps is None else steps
 
 
-def _too_few(steps: int | None, got: int) -> str:
-    wanted = "at least one" if steps is None else f"steps={steps} of them"
+def _groups(stream: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    iterator = iter(stream)
+    while group := list(islice(iterator, size)):
+        if len(group) < size:
+            raise ValueError(
+                f"batches: expected accumulate={size} of them for every step, got {len(group)} at the end."
+            )
+        yield group
+
+
+def _too_few(steps: int | None, got: int, accumulate: int) -> str:
+    each = f" times accumulate={accumulate}" if accumulate > 1 else ""
+    wanted = f"at least one{each}" if steps is None else f"steps={steps}{each} of them"
     return f"batches: expected {wanted}, got {got}. Pass more, or itertools.cycle(batches) to go round."
 
 
-def _checked(loss: Tensor, step: int) -> float:
+def _checked(loss: Tensor, step: int) -> Tensor:
     if not isinstance(loss, Tensor) or loss.ndim != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"step {step}: expected loss(model, batch) to give a scalar Tensor, got {got}.")
@@ -191,12 +291,16 @@ def _checked(loss: Tensor, step: int) -> float:
             f"step {step}: expected a loss that depends on trainable parameters, got a constant. "
             "Check that loss runs the model, and not under no_grad."
         )
-    value = loss.item()
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"step {step}: expected a finite loss, got {value}. Lower lr=, or pass max_grad_norm=."
-        )
-    return value
+    return loss.detach()
+
+
+def _gradient_norm(parameters: list[nn.Parameter], limit: float | None, *, wanted: bool) -> float:
+    """Norm of all gradients together, clipped to the limit; NaN where nobody wants to know."""
+    if limit is not None:
+        return float(nn.utils.clip_grad_norm_(parameters, limit))
+    if not wanted:
+        return math.nan
+    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 @contextmanager
@@ -211,24 +315,3 @@ def _train_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def _progress_bar(total: int | None) -> Iterator[Callable[[int, float], None]]:
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[speed]} steps/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("training", total=total, loss="-", speed="-")
-        began = time.perf_counter()
-
-        def advance(step: int, loss: float) -> None:
-            speed = step / (time.perf_counter() - began)
-            bar.update(task, completed=step, loss=f"{loss:.4g}", speed=f"{speed:.1f}")
-
-        yield advance

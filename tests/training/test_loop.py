@@ -228,5 +228,51 @@ def test_progress_goes_to_stderr_and_only_when_asked_for(capsys: pytest.CaptureF
     assert out == ""
     assert "4/4" in err
     assert f"loss {losses[-1]:.4g}" in " ".join(err.split())
-    assert "steps/s" in " ".join(err.split())
+    assert "tokens/s" in " ".join(err.split())
     assert losses == quiet
+
+
+def test_accumulated_batches_are_one_large_batch() -> None:
+    small = batches(12)
+    large = [tuple(torch.cat(parts) for parts in zip(*small[i : i + 3], strict=True)) for i in range(0, 12, 3)]
+    losses = training.train(adapted_model(), small, squared_error, lr=1e-2, accumulate=3, max_grad_norm=0.5)
+    assert losses == pytest.approx(
+        training.train(adapted_model(), large, squared_error, lr=1e-2, max_grad_norm=0.5), rel=1e-5
+    )
+    assert len(losses) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accumulate": 0}, "accumulate: expected at least 1 batch, got 0"),
+        ({"accumulate": 2}, "batches: expected a multiple of accumulate=2, got 3. Pass steps="),
+        ({"accumulate": 2, "steps": 2}, "batches: expected steps=2 times accumulate=2 of them, got 3"),
+        ({"lr": 0.0}, "lr: expected a positive number, got 0.0"),
+        ({"lr_ratio": math.inf}, "lr_ratio: expected a positive number, got inf"),
+        ({"checkpoint_every": 0}, "checkpoint_every: expected at least 1 step, got 0"),
+    ],
+)
+def test_accumulation_and_rates_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training.train(adapted_model(), batches(3), squared_error, **options)
+
+
+def test_a_stream_that_ends_within_an_update_is_refused() -> None:
+    with pytest.raises(ValueError, match="accumulate=2 of them for every step, got 1 at the end"):
+        training.train(adapted_model(), iter(batches(3)), squared_error, accumulate=2)
+
+
+def test_b_learns_faster_by_the_ratio_of_lora_plus() -> None:
+    model, peer = adapted_model(), adapted_model()
+    training.train(model, batches(6), squared_error, lr=1e-2, lr_ratio=8)
+    named = [(name, p) for name, p in peer.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "lr": 8e-2 if name.endswith("lora_B") else 1e-2} for name, p in named], weight_decay=0.0
+    )
+    for batch in batches(6):
+        squared_error(peer, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, theirs in zip(model.parameters(), peer.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
