@@ -1,0 +1,230 @@
+"""What an ablation is: which runs, with what settings, and the margins its claims are judged by, fixed beforehand.
+
+Conventions
+-----------
+A plan is data: it is written to ``plan.json`` before the first run, and a study directory keeps the plan it was begun
+with. Target sets are in the paper's letters, q, k, v and o, or names of the model's own modules. The seed of the
+initial factors and that of the order of the data are apart, so that their effects can be told apart (the honest
+Figure 4).
+
+Values
+------
+``Run``, ``Recipe``, ``Margins``, ``Plan``.
+
+References
+----------
+Hu et al. 2021, arXiv:2106.09685, section 7 (the ablations); Kalajdzievski 2023, arXiv:2312.03732 (rsLoRA).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+Method = Literal["lora", "full", "bitfit", "head", "frozen"]
+"""What trains: factors; every weight; every bias; the classifier alone; nothing."""
+
+Scaling = Literal["lora", "rslora"]
+"""alpha / r, or alpha / sqrt(r)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training run.
+
+    Parameters
+    ----------
+    task : str
+    method : str
+    targets : tuple of str
+        Adapted projections; () unless ``method`` is ``"lora"``.
+    r : int
+        0 unless ``method`` is ``"lora"``.
+    init_seed, data_seed : int
+        Of the initial factors, and of the order of the training data.
+    size : int, optional
+        How many of the training items it sees; all by default.
+    lr : float, optional
+        Instead of the recipe's; for tuning.
+
+    Examples
+    --------
+    >>> Run("docstrings", "lora", ("q", "v"), 8, 0, 1).name
+    'docstrings-q-v-r8-init0-data1'
+    """
+
+    task: str
+    method: Method
+    targets: tuple[str, ...] = ()
+    r: int = 0
+    init_seed: int = 0
+    data_seed: int = 0
+    size: int | None = None
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(f"method: expected one of {get_args(Method)}, got {self.method!r}.")
+        if (self.method == "lora") != bool(self.targets) or (self.method == "lora") != (self.r > 0):
+            raise ValueError(f"expected targets and r of LoRA runs and of no others, got {self.method!r}, r={self.r}.")
+
+    @property
+    def name(self) -> str:
+        """Name of its directory."""
+        what = f"{'-'.join(self.targets)}-r{self.r}" if self.method == "lora" else self.method
+        seeds = "" if self.method == "frozen" else f"-init{self.init_seed}-data{self.data_seed}"
+        size = "" if self.size is None else f"-n{self.size}"
+        return f"{self.task}-{what}{seeds}{size}{'' if self.lr is None else f'-lr{self.lr:g}'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What all runs of a study share.
+
+    Parameters
+    ----------
+    steps, batch_size : int
+    lr : mapping of str to float
+        Peak learning rate of AdamW of each method, falling to zero on a line after a tenth of the steps.
+    alpha : float
+    scaling : {"lora", "rslora"}
+        With rsLoRA one learning rate serves all ranks; with LoRA's own scale each rank needs one of its own.
+    weight_decay : float
+    bfloat16 : bool
+        Train and evaluate under bfloat16 autocast.
+    """
+
+    steps: int
+    batch_size: int
+    lr: Mapping[str, float]
+    alpha: float
+    scaling: Scaling = "rslora"
+    weight_decay: float = 0.0
+    bfloat16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"expected at least one step and one item, got {self.steps} and {self.batch_size}.")
+        if self.scaling not in get_args(Scaling):
+            raise ValueError(f"scaling: expected one of {get_args(Scaling)}, got {self.scaling!r}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Margins:
+    """What a claim is judged by, fixed before the first run.
+
+    Parameters
+    ----------
+    confidence : float
+        Of intervals, and 1 - the level of tests.
+    sufficiency : float
+        Share of the best rank's gain that r = 1 has to reach for the paper's "suffices" (C3).
+    equivalence_sds : float
+        Half-width of the region in which two metrics count as equal, in standard deviations between seeds (C14, C15).
+    plateau_from : int
+        The rank from which on the metric should be flat (C14, C15).
+    ceiling : float
+        The share of the ceiling below which ΔW counts as not lying in W's top directions (C10).
+    top_share : float
+        Share of W's directions that count as its top ones (C13; the paper's 10 %).
+    """
+
+    confidence: float = 0.95
+    sufficiency: float = 0.9
+    equivalence_sds: float = 2.0
+    plateau_from: int = 4
+    ceiling: float = 0.5
+    top_share: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An ablation: {target sets} x {ranks} x {seeds}, with its controls.
+
+    Parameters
+    ----------
+    setting : mapping
+        What model and which tasks, as ``open_setting`` takes it.
+    task : str
+        The task of the grid; others are controls (C17).
+    other_tasks : tuple of str
+    recipe : Recipe
+    target_sets : tuple of tuple of str
+    ranks : tuple of int
+    seeds : tuple of int
+        Each is a pair of initial factors and an order of the data.
+    budget : tuple of (targets, r)
+        Target sets at ranks of equal numbers of parameters (Table 5), beside the grid.
+    controls : tuple of str
+        Methods beside LoRA: ``full``, ``bitfit``, ``head``; ``frozen`` is always run.
+    sizes : tuple of int
+        Numbers of training items at which LoRA is compared with full fine-tuning (C16).
+    margins : Margins
+    """
+
+    setting: Mapping[str, Any]
+    task: str
+    recipe: Recipe
+    target_sets: tuple[tuple[str, ...], ...] = (("q",), ("q", "v"), ("q", "k", "v", "o"))
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 64)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    budget: tuple[tuple[tuple[str, ...], int], ...] = ()
+    controls: tuple[Method, ...] = ("full", "head")
+    other_tasks: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    margins: Margins = field(default_factory=Margins)
+
+    def __post_init__(self) -> None:
+        if not (self.target_sets and self.ranks and self.seeds):
+            raise ValueError("expected at least one target set, one rank and one seed.")
+
+    @property
+    def main(self) -> tuple[str, ...]:
+        """The target set that comparisons of seeds, sizes and tasks are made with: q and v, or the first."""
+        return ("q", "v") if ("q", "v") in self.target_sets else self.target_sets[0]
+
+    def runs(self) -> list[Run]:
+        """Every run, each once, the costliest first so that a pool ends together."""
+        first, last, most = self.seeds[0], self.seeds[-1], max(self.ranks)
+        found = [Run(task, "frozen") for task in (self.task, *self.other_tasks)]
+        for targets, r, seed in itertools.product(self.target_sets, self.ranks, self.seeds):
+            found.append(Run(self.task, "lora", targets, r, seed, seed))
+        for (targets, r), seed in itertools.product(self.budget, self.seeds):
+            found.append(Run(self.task, "lora", targets, r, seed, seed))
+        if first != last:
+            # The other two cells of {same, different} initial factors x {same, different} order.
+            found.append(Run(self.task, "lora", self.main, most, first, last))
+            found.append(Run(self.task, "lora", self.main, most, last, first))
+        for method, seed in itertools.product(self.controls, self.seeds):
+            found.append(Run(self.task, method, init_seed=seed, data_seed=seed))
+        shared = 8 if 8 in self.ranks else most
+        for task, seed in itertools.product(self.other_tasks, self.seeds):
+            found.append(Run(task, "lora", self.main, shared, seed, seed))
+        for size, seed in itertools.product(self.sizes, self.seeds):
+            found.append(Run(self.task, "lora", self.main, shared, seed, seed, size=size))
+            found.append(Run(self.task, "full", init_seed=seed, data_seed=seed, size=size))
+        cost = {"full": 0, "bitfit": 1, "lora": 2, "head": 3, "frozen": 4}
+        return sorted(dict.fromkeys(found), key=lambda run: (run.method != "frozen", cost[run.method], -run.r))
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``plan.json`` holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Plan:
+        """The plan that ``to_json`` gave, also after a round trip through a file."""
+        return cls(
+            setting=content["setting"],
+            task=content["task"],
+            recipe=Recipe(**content["recipe"]),
+            target_sets=tuple(tuple(targets) for targets in content["target_sets"]),
+            ranks=tuple(content["ranks"]),
+            seeds=tuple(content["seeds"]),
+            budget=tuple((tuple(targets), r) for targets, r in content["budget"]),
+            controls=tuple(content["controls"]),
+            other_tasks=tuple(content["other_tasks"]),
+            sizes=tuple(content["sizes"]),
+            margins=Margins(**content["margins"]),
+        )
