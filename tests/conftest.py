@@ -36,16 +36,42 @@ def shared_adapters() -> Path:
     return SHARED_ADAPTERS
 
 
-@pytest.fixture(scope="session")
-def quick_demo(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """What ``lora-analysis demo --quick`` leaves behind, made once for all tests of all workers that look at it."""
+def _shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The folder of the run that all its workers share; each has one of its own in it."""
     base = tmp_path_factory.getbasetemp()
-    shared = base if worker_id == "master" else base.parent  # each worker has a folder of its own in that of the run
-    out, failed = shared / "lora-demo", shared / "demo-failed"
-    with FileLock(shared / "demo.lock"):
+    return base if worker_id == "master" else base.parent
+
+
+def _made_once(shared: Path, name: str, *arguments: str) -> Path:
+    """What a command of ours leaves behind in ``shared/name``, run once for all tests of all workers."""
+    out, failed = shared / name, shared / f"{name}-failed"
+    with FileLock(shared / f"{name}.lock"):
         if not out.exists() and not failed.exists():
-            command = [sys.executable, "-m", "lora_analysis", "demo", "--quick", "--out", str(out)]
+            command = [sys.executable, "-m", "lora_analysis", *arguments]
             if subprocess.run(command, check=False).returncode:
                 failed.touch()
-    assert not failed.exists(), "lora-analysis demo --quick failed; what it printed is above."
+    assert not failed.exists(), f"lora-analysis {' '.join(arguments)} failed; what it printed is above."
     return out
+
+
+@pytest.fixture(scope="session")
+def quick_demo(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The directory of ``lora-analysis demo --quick``."""
+    shared = _shared(tmp_path_factory, worker_id)
+    return _made_once(shared, "lora-demo", "demo", "--quick", "--out", str(shared / "lora-demo"))
+
+
+@pytest.fixture(scope="session")
+def small_decoder_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Where pretrained decoders are kept during the tests, instead of the user's own cache."""
+    cache = _shared(tmp_path_factory, worker_id) / "decoder-cache"
+    os.environ["LORA_ANALYSIS_CACHE"] = str(cache)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def quick_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str, small_decoder_cache: Path) -> Path:
+    """The directory of ``lora-analysis ablate --setting decoder --quick``."""
+    shared = _shared(tmp_path_factory, worker_id)
+    out = str(shared / "study")
+    return _made_once(shared, "study", "ablate", out, "--setting", "decoder", "--quick")

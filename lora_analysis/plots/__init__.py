@@ -15,8 +15,8 @@ cividis for quantities: told apart by readers with any colour vision, and with m
 Plots
 -----
 ``rank_ablation`` (tables 6 and 18 of the paper), ``similarity_grid``, ``figure_ranks`` (figure 3),
-``figure_seeds`` (figure 4), ``amplification_points`` and ``gain_by_layer`` (table 7), ``spectra``;
-``save_figure``.
+``figure_seeds`` (figure 4), ``amplification_points`` and ``gain_by_layer`` (table 7), ``spectra``,
+``training_dynamics`` and ``figure_dynamics``; ``save_figure``.
 
 References
 ----------
@@ -25,12 +25,14 @@ Hu et al. 2021, arXiv:2106.09685. Okabe and Ito, *Color Universal Design*, 2008.
 
 from lora_analysis.plots.ablation import rank_ablation
 from lora_analysis.plots.amplification import amplification_points, gain_by_layer
+from lora_analysis.plots.dynamics import figure_dynamics, training_dynamics
 from lora_analysis.plots.saving import save_figure
 from lora_analysis.plots.similarity import figure_ranks, figure_seeds, similarity_grid
 from lora_analysis.plots.spectra import spectra
 
 __all__ = [
     "amplification_points",
+    "figure_dynamics",
     "figure_ranks",
     "figure_seeds",
     "gain_by_layer",
@@ -38,4 +40,5 @@ __all__ = [
     "save_figure",
     "similarity_grid",
     "spectra",
+    "training_dynamics",
 ]

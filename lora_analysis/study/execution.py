@@ -111,10 +111,10 @@ def execute(run: Run, recipe: Recipe, setting: Setting, parent: Path) -> dict[st
     """
     started = time.perf_counter()
     base = setting.model()
-    model = _prepared(run, recipe, setting, base)
+    model = prepared(run, recipe, setting, base)
     count = parameter_count(model)
-    losses = [] if run.method == "frozen" else _trained(run, recipe, setting, model)
-    trained = time.perf_counter()
+    losses = [] if run.method == "frozen" else trained(run, recipe, setting, model)
+    ended = time.perf_counter()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
         outcomes = setting.outcomes(run.task, model)
     record = {
@@ -126,8 +126,8 @@ def execute(run: Run, recipe: Recipe, setting: Setting, parent: Path) -> dict[st
         "held_out_loss": float(outcomes.losses.mean()),
         "accuracy": None if outcomes.correct is None else float(outcomes.correct.double().mean()),
         "metrics": dict(outcomes.metrics),
-        "seconds_training": trained - started,
-        "seconds_evaluation": time.perf_counter() - trained,
+        "seconds_training": ended - started,
+        "seconds_evaluation": time.perf_counter() - ended,
         "environment": environment(),
     }
     scratch = parent / f".{run.name}.{os.getpid()}"
@@ -179,7 +179,7 @@ def summary(record: dict[str, Any]) -> str:
     return f"held-out loss {record['held_out_loss']:.4f}{accuracy}{others}"
 
 
-def _prepared(run: Run, recipe: Recipe, setting: Setting, model: nn.Module) -> nn.Module:
+def prepared(run: Run, recipe: Recipe, setting: Setting, model: nn.Module) -> nn.Module:
     """The model with what trains in this run, and nothing else, taking gradients."""
     if run.method == "lora":
         inject(
@@ -203,7 +203,8 @@ def _prepared(run: Run, recipe: Recipe, setting: Setting, model: nn.Module) -> n
     return model
 
 
-def _trained(run: Run, recipe: Recipe, setting: Setting, model: nn.Module) -> list[float]:
+def trained(run: Run, recipe: Recipe, setting: Setting, model: nn.Module) -> list[float]:
+    """Losses of training a prepared model for the steps of the recipe."""
     batches = setting.batches(run.task, batch_size=recipe.batch_size, seed=run.data_seed, size=run.size)
     return train(
         model,

@@ -32,7 +32,7 @@ def placement(model: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
     ----------
     model : Module
     targets : sequence of str
-        Of q, k, v and o, or names of the model's own modules.
+        Of q, k, v and o, or names of the model's own modules; ``"all-linear"`` alone is every linear layer.
 
     Raises
     ------
@@ -45,6 +45,8 @@ def placement(model: nn.Module, targets: Sequence[str]) -> dict[str, Any]:
     >>> placement(model, ("q", "v"))
     {'targets': ['query', 'value'], 'slots': {}}
     """
+    if tuple(targets) == ("all-linear",):
+        return {"targets": "all-linear", "slots": {}}
     names = [name for name, _ in model.named_modules()]
     fused = next((name for name in FUSED if any(_ends_in(own, name) for own in names)), None)
     found: list[str] = []

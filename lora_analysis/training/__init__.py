@@ -29,7 +29,10 @@ Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
 
 from lora_analysis.training.accounting import checkpoint_bytes, lora_count, parameter_count
 from lora_analysis.training.attach import attach
+from lora_analysis.training.checkpoints import checkpoint_dynamics
 from lora_analysis.training.distributed import local_parts, process_group
+from lora_analysis.training.dynamics import TrainingDynamics, dynamics_table, read_dynamics
+from lora_analysis.training.export import load_peft, lora_state_dict, save_peft
 from lora_analysis.training.extract import extract
 from lora_analysis.training.factors import LoraFactors
 from lora_analysis.training.frozen_prefix import frozen_prefix
@@ -46,17 +49,22 @@ __all__ = [
     "LoraFactors",
     "LoraLayer",
     "LoraParameter",
+    "TrainingDynamics",
     "activate",
     "adapters",
     "attach",
     "checkpoint_bytes",
+    "checkpoint_dynamics",
+    "dynamics_table",
     "extract",
     "frozen_prefix",
     "gpt3_175b",
     "inject",
+    "load_peft",
     "local_parts",
     "lora_count",
     "lora_layers",
+    "lora_state_dict",
     "measured_memory",
     "merge",
     "merge_and_unload",
@@ -64,7 +72,9 @@ __all__ = [
     "parameter_groups",
     "peak_memory",
     "process_group",
+    "read_dynamics",
     "remove",
+    "save_peft",
     "sites",
     "system_claims",
     "train",

@@ -23,7 +23,7 @@ from lora_analysis.training.kinds import EMBEDDING
 from lora_analysis.training.layers import LoraLayer, Site, sites
 from lora_analysis.training.merging import parametrized, stored_weight
 from lora_analysis.training.peft_model import extract_peft
-from lora_analysis.training.switching import adapters
+from lora_analysis.training.switching import chosen_adapter
 from lora_analysis.training.targets import peft_layers
 from lora_analysis.update import DenseUpdate, LowRankUpdate, Update
 
@@ -45,6 +45,8 @@ def extract(
 
     The factors are copies, on the model's device; later training does not move them. A merged model
     gives the same updates as an unmerged one. An update that is less what it began with (PiSSA) has twice the r.
+    Biases and modules that trained in full beside the factors are no updates; ``training.export.save_peft`` writes
+    those too.
 
     Parameters
     ----------
@@ -81,16 +83,7 @@ def extract(
         return extract_peft(model, name=name, source=source, initial=initial)
     if initial is not None:
         raise ValueError(f"{source}: initial= is for models of peft, and this is none. Leave it out.")
-    known = adapters(model)
-    if not known:
-        raise ValueError(
-            f"{source}: expected a model with LoRA layers, got none. Call training.inject or attach first."
-        )
-    if name is None and len(known) > 1:
-        raise ValueError(f"{source}: expected one adapter, got {', '.join(map(repr, known))}. Pass name= with one.")
-    chosen = next(iter(known)) if name is None else name
-    if chosen not in known:
-        raise ValueError(f"{source}: expected an adapter named {chosen!r}, got {', '.join(map(repr, known))}.")
+    chosen = chosen_adapter(model, name, source=source)
     modules: dict[str, Module] = {}
     for where, site in sites(model).items():
         if chosen in site.adapters:

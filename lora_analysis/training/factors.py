@@ -11,7 +11,7 @@ With magnitudes (DoRA) the merged weight is ``m · (W + ΔW) / ‖W + ΔW‖``, 
 
 Values
 ------
-``Block``, ``LoraFactors``, ``Adapters``.
+``Block``, ``Beside``, ``LoraFactors``, ``Adapters``.
 
 References
 ----------
@@ -22,7 +22,7 @@ al. 2024, arXiv:2404.02948, eq. 5.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,15 @@ class Block(NamedTuple):
     name: str
     start: int
     stop: int
+
+
+class Beside(NamedTuple):
+    """What trains in full beside the factors of an adapter, for ``activate`` and for those who save it."""
+
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Of none, of the layers that are adapted, or of all."""
+    modules: tuple[str, ...] = ()
+    """Names of modules."""
 
 
 class LoraFactors(nn.Module):
@@ -69,6 +78,8 @@ class LoraFactors(nn.Module):
     lora_A0, lora_B0 : Tensor
         The factors as they were at the start, for study; buffers, saved only if they are a part of the update.
     r : int
+    beside : Beside
+        What trains in full beside the factors; ``inject`` says.
 
     Raises
     ------
@@ -110,6 +121,7 @@ class LoraFactors(nn.Module):
         self.scale, self.alpha, self.dropout = scale, alpha, dropout
         self.blocks = tuple(blocks)
         self.less_initial, self.freeze_A = less_initial, freeze_A
+        self.beside = Beside()
         self.trainable(True)
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -23,10 +24,10 @@ from torch.nn.utils import parametrize
 
 from lora_analysis.formats.options import parse_split
 from lora_analysis.formats.patterns import pattern_regex
-from lora_analysis.training.factors import Block, LoraFactors
+from lora_analysis.training.factors import Beside, Block, LoraFactors
 from lora_analysis.training.initial import Init, initial_factors, principal_factors
 from lora_analysis.training.kinds import CONVOLUTION, EMBEDDING, Kind, kind_of
-from lora_analysis.training.layers import LoraLayer, LoraParameter, row_norms
+from lora_analysis.training.layers import LoraLayer, LoraParameter, row_norms, sites
 from lora_analysis.training.storage import Storage
 from lora_analysis.training.switching import activate, require_new
 from lora_analysis.training.targets import (
@@ -36,7 +37,6 @@ from lora_analysis.training.targets import (
     matching,
     matching_parameters,
     peft_layers,
-    places,
     put,
     refusal,
 )
@@ -157,7 +157,7 @@ def inject(
     fused = _blocks(spots, slots or {})
     ranks = _patterned("rank_pattern", rank_pattern, spots)
     alphas = _patterned("alpha_pattern", alpha_pattern, spots)
-    saved = [place.base for name in modules_to_save for place in matching(model, [name])]
+    beside = Beside(bias, _saved(model, modules_to_save, spots))
     made: list[tuple[Spot, LoraFactors]] = []
     for spot in spots:
         one = _rank("rank_pattern", ranks.get(spot.name, r))
@@ -165,7 +165,7 @@ def inject(
         if not math.isfinite(own):
             raise ValueError(f"alpha: expected a finite number, got {own}.")
         scale = own / math.sqrt(one) if rslora else own / one
-        _require_options(spot, dora=dora, freeze_A=freeze_A)
+        _require_options(spot, dora=dora, freeze_A=freeze_A, slots=spot.name in fused)
         A, B = _start(spot, fused.get(spot.name, ()), r=one, scale=scale, seed=seed, init=init)
         factors = LoraFactors(
             A,
@@ -178,6 +178,8 @@ def inject(
             less_initial=init == "pissa",
             freeze_A=freeze_A,
         )
+        factors.beside = beside
+        to_weight(factors, spot.weight)
         if dora:
             factors.lora_magnitude = nn.Parameter(row_norms(spot.weight, spot.storage, factors))
         made.append((spot, factors))
@@ -185,9 +187,6 @@ def inject(
     for spot, factors in made:
         place_factors(model, spot, adapter, factors)
     activate(model, adapter)
-    _train_biases(model, bias, adapter)
-    for module in saved:
-        module.requires_grad_(True)
     return [spot.name for spot in spots]
 
 
@@ -218,9 +217,14 @@ def spots_of(
     return spots
 
 
+def to_weight(factors: LoraFactors, weight: Tensor) -> None:
+    """Move factors to the device of a weight, in its dtype, or in float32 where that has 16 bits."""
+    factors.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+
+
 def place_factors(model: nn.Module, spot: Spot, adapter: str, factors: LoraFactors) -> None:
     """Put an adapter's factors onto a weight, beside those that are there, on its device and at least in float32."""
-    factors.to(spot.weight.device, torch.promote_types(spot.weight.dtype, torch.float32))
+    to_weight(factors, spot.weight)
     if isinstance(spot.place, Place):
         module = spot.place.module
         if not isinstance(module, LoraLayer):
@@ -258,6 +262,20 @@ def require_adapter_name(name: str) -> None:
     """Refuse what cannot be a component of a tensor's name."""
     if not name or "." in name:
         raise ValueError(f"adapter: expected a name without dots, got {name!r}.")
+
+
+def _saved(model: nn.Module, names: Iterable[str], spots: Sequence[Spot]) -> tuple[str, ...]:
+    """The modules that train in full, none of which may hold an adapted weight."""
+    given = [names] if isinstance(names, str) else list(names)
+    saved = dict.fromkeys(place.names[0] for name in given for place in matching(model, [name]))
+    for module in saved:
+        for adapted in [*sites(model), *(spot.name for spot in spots)]:
+            if adapted == module or adapted.startswith(f"{module}."):
+                raise ValueError(
+                    f"modules_to_save: expected modules without adapted weights, got {module!r} with {adapted!r}. "
+                    "Name it as one or as the other."
+                )
+    return tuple(saved)
 
 
 def _rank(what: str, r: int) -> int:
@@ -302,7 +320,9 @@ def _parameter_site(owner: nn.Module, attribute: str) -> LoraParameter | None:
     return steps[0] if len(steps) == 1 and isinstance(steps[0], LoraParameter) else None
 
 
-def _require_options(spot: Spot, *, dora: bool, freeze_A: bool) -> None:
+def _require_options(spot: Spot, *, dora: bool, freeze_A: bool, slots: bool) -> None:
+    if dora and slots:
+        raise ValueError(f"{spot.name!r}: dora= is for whole weights, and slots= takes blocks of this one. Choose one.")
     if dora and (spot.kind is None or spot.kind is EMBEDDING):
         what = "a parameter" if spot.kind is None else "an embedding"
         raise ValueError(f"{spot.name!r}: dora= is for linear layers and convolutions, and this is {what}.")
@@ -377,7 +397,7 @@ def _patterned(what: str, pattern: Mapping[str, Any] | None, spots: Sequence[Spo
     for key, value in (pattern or {}).items():
         try:
             regex = pattern_regex(key)
-        except ValueError as error:  # one of re.error as well
+        except (ValueError, re.error) as error:
             raise ValueError(
                 f"{what}: {key!r}: expected a regular expression that is quick to match: {error}."
             ) from None
@@ -388,15 +408,3 @@ def _patterned(what: str, pattern: Mapping[str, Any] | None, spots: Sequence[Spo
     if unmatched:
         raise ValueError(f"{what}: expected an adapted module that matches {sorted(unmatched)[0]!r}, got none.")
     return found
-
-
-def _train_biases(model: nn.Module, bias: Bias, adapter: str) -> None:
-    if bias == "none":
-        return
-    for place in places(model):
-        module = place.module
-        adapted = isinstance(module, LoraLayer) and adapter in module.adapters
-        if bias == "all" or adapted:
-            for name, parameter in place.base.named_parameters(recurse=False):
-                if name == "bias" or name.endswith("_bias"):
-                    parameter.requires_grad_(True)

@@ -65,9 +65,8 @@ def _linear(module: nn.Module, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 
 def _embedding(module: nn.Embedding, ids: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    rows = F.embedding(
-        ids, down.mT, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq, sparse=module.sparse
-    )
+    # Not sparse where the layer is: A is stored turned, and the gradient of a transpose cannot be sparse by rows.
+    rows = F.embedding(ids, down.mT, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
     return F.linear(rows, up)
 
 

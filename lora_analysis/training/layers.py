@@ -142,6 +142,7 @@ class LoraLayer(nn.Module):
             and not (weight.requires_grad or watched)
             and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()  # vmap and jvp know composed operations alone
         )
 
     def _change(self, factors: LoraFactors, x: Tensor, y: Tensor) -> Tensor:

@@ -2,18 +2,20 @@
 
 Values
 ------
-``adapters``, ``activate``, ``remove``.
+``adapters``, ``activate``, ``remove``, ``chosen_adapter``, ``trained_in_full``.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from torch import nn
 
-from lora_analysis.training.layers import sites
+from lora_analysis.training.layers import LoraLayer, sites
 from lora_analysis.training.merging import require_sites, take_out
+from lora_analysis.training.targets import places
 
 
 def adapters(model: nn.Module) -> dict[str, list[str]]:
@@ -36,13 +38,14 @@ def adapters(model: nn.Module) -> dict[str, list[str]]:
 
 
 def activate(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
-    """Say which adapters act, and with what weights; those alone take gradients.
+    """Say which adapters act, and with what weights; those alone take gradients, and what trains in full beside them.
 
     Parameters
     ----------
     model : Module
     which : str, mapping of str to float, or None
         An adapter; several with their weights, ``ΔW = sum_a weight_a · ΔW_a``; or None, where the model is its base.
+        Biases and modules that trained in full have no second copy, and stay as they were trained.
 
     Raises
     ------
@@ -80,6 +83,9 @@ def activate(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
         site.adapters.active = {name: weight for name, weight in weights.items() if name in site.adapters}
         for name, factors in site.adapters.named().items():
             factors.trainable(name in weights)
+    for name in sorted(known, key=weights.__contains__):  # those that act last, for two may share a module
+        for parameter in trained_in_full(model, name).values():
+            parameter.requires_grad_(name in weights)
 
 
 def remove(model: nn.Module, adapter: str | None = None) -> list[str]:
@@ -120,6 +126,49 @@ def remove(model: nn.Module, adapter: str | None = None) -> list[str]:
         if not site.adapters:
             take_out(model, site)
     return gone
+
+
+def trained_in_full(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The parameters that train beside the factors of an adapter, by their names in the plain model.
+
+    Biases are parameters called ``bias``, ``bias_…`` or ``…_bias``, of torch's recurrent and attention layers.
+    """
+    beside = next((s.adapters.named()[adapter].beside for s in sites(model).values() if adapter in s.adapters), None)
+    if beside is None or (beside.bias == "none" and not beside.modules):
+        return {}
+    found: dict[str, nn.Parameter] = {}
+    for place in places(model):
+        adapted = isinstance(place.module, LoraLayer) and adapter in place.module.adapters
+        whole = any(place.names[0] == name or place.names[0].startswith(f"{name}.") for name in beside.modules)
+        biases = beside.bias == "all" or (beside.bias == "lora_only" and adapted)
+        for name, parameter in place.base.named_parameters(recurse=False):
+            if whole or (biases and _BIAS.fullmatch(name)):
+                found[f"{place.names[0]}.{name}".removeprefix(".")] = parameter
+    return found
+
+
+_BIAS = re.compile(r"bias(_.*)?|.*_bias")
+
+
+def chosen_adapter(model: nn.Module, name: str | None, *, source: str = "model") -> str:
+    """The adapter of this name, or the only one.
+
+    Raises
+    ------
+    ValueError
+        If the model has none, not this one, or several and none is named.
+    """
+    known = adapters(model)
+    if not known:
+        raise ValueError(
+            f"{source}: expected a model with LoRA layers, got none. Call training.inject or attach first."
+        )
+    if name is None and len(known) > 1:
+        raise ValueError(f"{source}: expected one adapter, got {', '.join(map(repr, known))}. Pass name= with one.")
+    chosen = next(iter(known)) if name is None else name
+    if chosen not in known:
+        raise ValueError(f"{source}: expected an adapter named {chosen!r}, got {', '.join(map(repr, known))}.")
+    return chosen
 
 
 def require_new(model: nn.Module, adapter: str) -> None:
