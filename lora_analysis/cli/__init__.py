@@ -22,6 +22,7 @@ import sys
 import torch
 import typer
 
+from lora_analysis.cli.ablate import ablate
 from lora_analysis.cli.amplify import amplify
 from lora_analysis.cli.compare import compare, layers
 from lora_analysis.cli.convert import convert
@@ -43,7 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect, lint, convert, spectrum, compare, layers, amplify, magnitude, diff, demo):
+for command in (inspect, lint, convert, spectrum, compare, layers, amplify, magnitude, diff, ablate, demo):
     app.command()(command)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,12 @@ def ablate(
     lr: Annotated[float | None, typer.Option(help="Learning rate of LoRA.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A study of minutes, too small to show much.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Runs at a time; by default one a core.")] = None,
+    scaling: Annotated[
+        str, typer.Option(help="rslora: alpha / sqrt(r), one learning rate. lora: alpha / r, one for each rank.")
+    ] = "rslora",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Tune learning rates first, on training items held back.")
+    ] = False,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="List the runs and stop.")] = False,
 ) -> None:
     """Train adapters over target sets, ranks and seeds, and judge the paper's claims C1 to C17.
@@ -50,6 +57,11 @@ def ablate(
     if seeds is not None:
         changes["seeds"] = tuple(range(seeds))
     plan = _plan(setting, model, task or [], quick, changes, steps, lr)
+    if scaling not in ("rslora", "lora"):
+        raise typer.BadParameter(f"expected rslora or lora, got {scaling!r}", param_hint="--scaling")
+    if scaling == "lora" and not tune:
+        raise typer.BadParameter("lora needs a learning rate for each rank; pass --tune", param_hint="--scaling")
+    plan = replace(plan, recipe=replace(plan.recipe, scaling=scaling))
     if plan_only:
         for run in plan.runs():
             print(run.name)
@@ -57,13 +69,17 @@ def ablate(
     try:
         from lora_analysis.study.analysis import analyse_study
         from lora_analysis.study.execution import execute_plan
+        from lora_analysis.study.tuning import tuned_plan
 
         started = time.perf_counter()
 
         def say(text: str) -> None:
             print(f"[{time.perf_counter() - started:6.0f} s] {text}", file=sys.stderr, flush=True)
 
-        execute_plan(plan, out, processes=processes or available_cores(), say=say)
+        workers = processes or available_cores()
+        if tune:
+            plan = tuned_plan(plan, out, processes=workers, say=say)
+        execute_plan(plan, out, processes=workers, say=say)
         say("analysing")
         lines = analyse_study(out, say=say)
         say("done")
@@ -76,8 +92,6 @@ def _plan(
     setting: str, model: str | None, tasks: list[Path], quick: bool, changes: dict[str, Any],
     steps: int | None, lr: float | None,
 ) -> Any:  # fmt: skip
-    from dataclasses import replace
-
     from lora_analysis.study.presets import decoder_plan, minilm_plan
 
     files = {path.stem: {"file": str(path.absolute())} for path in tasks}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,14 @@ class Generation:
         )
         score = bleu(texts, [example.references for example in shown])
         return Outcomes(torch.cat(losses), metrics={"bleu": score})
+
+    def held_back(self) -> Generation:
+        """The same with a sixth of the training MRs in the place of the held-out ones."""
+        tasks = {}
+        for name, split in self.tasks.items():
+            count = len(split.train) - max(1, len(split.train) // 6)
+            tasks[name] = Split(split.train[:count], split.train[count:][: len(split.held_out)])
+        return replace(self, tasks=tasks)
 
     def record(self) -> Mapping[str, Any]:
         """Of each task: digest, pairs, those left out for their length, groups."""

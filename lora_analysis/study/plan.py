@@ -87,7 +87,8 @@ class Recipe:
     ----------
     steps, batch_size : int
     lr : mapping of str to float
-        Peak learning rate of AdamW of each method, falling to zero on a line after a tenth of the steps.
+        Peak learning rate of AdamW of each method, falling to zero on a line after a tenth of the steps; ``lora-r8``
+        is that of LoRA at r = 8, where it differs from ``lora``.
     alpha : float
     scaling : {"lora", "rslora"}
         With rsLoRA one learning rate serves all ranks; with LoRA's own scale each rank needs one of its own.
@@ -103,6 +104,12 @@ class Recipe:
     scaling: Scaling = "rslora"
     weight_decay: float = 0.0
     bfloat16: bool = False
+
+    def rate(self, run: Run) -> float:
+        """The peak learning rate of a run."""
+        if run.lr is not None:
+            return run.lr
+        return self.lr.get(f"{run.method}-r{run.r}", self.lr.get(run.method, float("nan")))
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:

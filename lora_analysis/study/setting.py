@@ -61,6 +61,10 @@ class Setting(Protocol):
         """What the model does on the held-out items."""
         ...
 
+    def held_back(self) -> Setting:
+        """The same with a share of the training items in the place of the held-out ones, to tune on."""
+        ...
+
     def record(self) -> Mapping[str, Any]:
         """What ``tasks.json`` says of the tasks: for each its digest, groups of held-out items, and more."""
         ...

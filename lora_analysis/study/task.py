@@ -83,6 +83,17 @@ class TextTask:
                 f"for {len(self.held_out_texts)} texts."
             )
 
+    def held_back(self) -> TextTask:
+        """The task with the last sixth of its training texts in the place of the held-out ones."""
+        count = len(self.train_texts) - max(1, len(self.train_texts) // 6)
+        return TextTask(
+            self.train_texts[:count],
+            self.train_labels[:count],
+            self.train_texts[count:],
+            self.train_labels[count:],
+            classes=self.classes,
+        )
+
     @property
     def digest(self) -> str:
         """The sha256 of classes, texts and labels, in order: equal for equal tasks only."""

@@ -1,0 +1,107 @@
+"""What a study says: every claim, judged again from the stored evidence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import pandas as pd
+import pytest
+
+from lora_analysis.study.analysis import (
+    ORDER,
+    SAYS,
+    analyse_study,
+    claims_table,
+    claims_text,
+    read_evidence,
+    stored_claims,
+    study_claims,
+)
+from lora_analysis.study.claims.claim import Claim, Verdict, directional, equivalent, holm
+from lora_analysis.study.presets import minilm_plan
+
+FIGURES = Path(__file__).parents[2] / "figures"
+PUBLISHED = sorted(path.parent for path in FIGURES.glob("*/claims.json"))
+
+
+def test_every_claim_is_there_whatever_its_outcome(quick_study: Path) -> None:
+    claims = stored_claims(quick_study)
+    assert [claim.id for claim in claims] == list(ORDER)
+    assert {f"C{i}" for i in range(1, 18)} <= set(ORDER)
+    assert all(claim.verdict in get_args(Verdict) and claim.why and claim.text for claim in claims)
+    assert set(SAYS) == set(get_args(Verdict))
+    # The calibration of the tool itself has to hold, and a literal factor never can at this width.
+    by_id = {claim.id: claim for claim in claims}
+    assert by_id["C7"].verdict in ("reproduced", "consistent_underpowered")
+    assert by_id["C11"].verdict == "not_testable_at_this_scale"
+
+
+def test_verdicts_are_those_of_the_stored_tables(quick_study: Path) -> None:
+    tables, plan = read_evidence(quick_study)
+    assert study_claims(tables, plan) == stored_claims(quick_study)
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
+def test_published_verdicts_are_those_of_the_published_tables(folder: Path) -> None:
+    tables, plan = read_evidence(folder)
+    assert study_claims(tables, plan) == stored_claims(folder)
+    assert (folder / "claims.txt").read_text("utf-8").splitlines() == claims_text(stored_claims(folder), plan)
+
+
+def test_a_study_that_is_not_finished_is_analysed_with_what_is_there(quick_study: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "study"
+    shutil.copytree(quick_study, copy)
+    shutil.rmtree(copy / "paper")
+    for folder in (copy / "runs").glob("near-q-*"):
+        shutil.rmtree(folder)
+    for folder in (copy / "runs").glob("*-full-*"):
+        shutil.rmtree(folder)
+    lines = analyse_study(copy)
+    claims = {claim.id: claim for claim in stored_claims(copy)}
+    assert claims["C16"].verdict == "not_attempted"
+    assert list(claims) == list(ORDER)
+    assert (copy / "claims.txt").read_text("utf-8").splitlines() == lines
+    assert all(len(line) <= 80 for line in lines)
+    assert (copy / "paper" / "tables.txt").exists()
+
+
+def test_the_claims_come_as_a_table_and_as_text() -> None:
+    claims = [
+        Claim("C1", "text", "statistic", "reproduced", "because", estimate=1.0, interval=(0.5, 1.5), p=0.01, runs=3),
+        Claim("C2", "text " * 30, "statistic", "not_attempted", "there were no runs " * 10),
+    ]
+    table = claims_table(claims)
+    assert list(table["id"]) == ["C1", "C2"]
+    assert table.loc[0, ["interval_low", "interval_high"]].tolist() == [0.5, 1.5]
+    assert pd.isna(table.loc[1, "estimate"])
+    lines = claims_text(claims, minilm_plan())
+    assert "2 claims of the LoRA paper on 'docstrings': 1 reproduced, 1 not attempted." in " ".join(lines)
+    assert "rsLoRA's scale" in " ".join(lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_rules_are_symmetric() -> None:
+    for above in (True, False):
+        sign = 1 if above else -1
+
+        def verdict(low: float, high: float, mde: float, *, above: bool = above, sign: int = sign) -> str:
+            bounds = sorted((sign * low, sign * high))
+            middle = sign * (low + high) / 2
+            return directional(middle, (bounds[0], bounds[1]), threshold=0.0, above=above, mde=mde, effect=0.5)
+
+        assert verdict(0.1, 0.3, 0.1) == "reproduced"
+        assert verdict(-0.3, -0.1, 0.1) == "contradicted"
+        assert verdict(-0.1, 0.3, 0.6) == "consistent_underpowered"
+        assert verdict(-0.1, 0.3, 0.4) == "not_reproduced"
+        assert verdict(-0.3, 0.1, 0.6) == "not_reproduced"
+    nan = float("nan")
+    assert directional(nan, (nan, nan), threshold=0, above=True, mde=1, effect=1) == "not_testable_at_this_scale"
+    assert equivalent((nan, 1.0), margin=1.0) == "not_testable_at_this_scale"
+
+
+def test_holm_is_statsmodels_by_hand() -> None:
+    assert holm([0.01, 0.02, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
+    assert holm([0.5, 0.001]) == pytest.approx([0.5, 0.002])
+    assert holm([]) == []
