@@ -6,25 +6,30 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from lora_analysis.errors import LoraAnalysisError
+from lora_analysis.study.plan import Plan, Scaling
+from lora_analysis.study.presets import decoder_plan, generation_plan, minilm_plan
 from lora_analysis.tables.pool import available_cores
 
 
 def ablate(
     out: Annotated[Path, typer.Argument(help="Directory of the study; one that is there is gone on with.")],
     setting: Annotated[
-        str, typer.Option(help="minilm (classification of docstrings) or decoder (a small language model).")
+        str,
+        typer.Option(
+            help="minilm: texts by class. decoder: a small language model. generation: MR||text files, with BLEU."
+        ),
     ] = "minilm",
     model: Annotated[
-        str | None, typer.Option(help="A transformers encoder in place of MiniLM: directory or hub id.")
+        str | None, typer.Option(help="A transformers model in place of ours: directory or hub id.")
     ] = None,
     task: Annotated[
         list[Path] | None,
-        typer.Option(help="A .csv or .jsonl of text and label: another task. The first is the study's with --model."),
+        typer.Option(help="A file of yours: .csv or .jsonl of text and label, or MR||text."),
     ] = None,
     targets: Annotated[
         str, typer.Option(help="Target sets, such as q,qv,qkvo; or names of modules, such as fc1+fc2.")
@@ -61,7 +66,7 @@ def ablate(
         raise typer.BadParameter(f"expected rslora or lora, got {scaling!r}", param_hint="--scaling")
     if scaling == "lora" and not tune:
         raise typer.BadParameter("lora needs a learning rate for each rank; pass --tune", param_hint="--scaling")
-    plan = replace(plan, recipe=replace(plan.recipe, scaling=scaling))
+    plan = replace(plan, recipe=replace(plan.recipe, scaling=cast(Scaling, scaling)))
     if plan_only:
         for run in plan.runs():
             print(run.name)
@@ -91,22 +96,24 @@ def ablate(
 def _plan(
     setting: str, model: str | None, tasks: list[Path], quick: bool, changes: dict[str, Any],
     steps: int | None, lr: float | None,
-) -> Any:  # fmt: skip
-    from lora_analysis.study.presets import decoder_plan, minilm_plan
-
-    files = {path.stem: {"file": str(path.absolute())} for path in tasks}
-    if setting == "minilm":
+) -> Plan:  # fmt: skip
+    files: dict[str, dict[str, Any]] = {path.stem: {"file": str(path.absolute())} for path in tasks}
+    if setting == "minilm" and model is None:
         plan = minilm_plan(other_tasks=files, quick=quick, **changes)
+    elif setting == "minilm" and files:
+        first, *others = files
+        plan = minilm_plan(other_tasks=files, quick=quick, **changes)
+        plan = replace(
+            plan, setting={**plan.setting, "model": model, "tasks": files}, task=first, other_tasks=tuple(others)
+        )
     elif setting == "decoder" and not files and model is None:
         plan = decoder_plan(quick=quick, **changes)
+    elif setting == "generation" and files:
+        plan = generation_plan(files, model=model or "decoder", quick=quick, **changes)
     else:
-        raise typer.BadParameter("expected minilm, or decoder without --task and --model", param_hint="--setting")
-    if model is not None:
-        own = {name: options for name, options in plan.setting["tasks"].items() if name in files}
-        kept = own or dict(plan.setting["tasks"])
-        first, *others = kept
-        plan = replace(
-            plan, setting={**plan.setting, "model": model, "tasks": kept}, task=first, other_tasks=tuple(others)
+        raise typer.BadParameter(
+            "expected minilm (with --task for another --model), decoder (with neither), or generation with --task",
+            param_hint="--setting",
         )
     recipe = plan.recipe
     if steps is not None:

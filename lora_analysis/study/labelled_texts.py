@@ -74,6 +74,8 @@ def read_task(
         rows = {key: value for key, value in rows.items() if key not in kept}
     train = sorted(rows.items(), key=lambda item: _share(item[0]))[:train_items]
     held = sorted(kept.items(), key=lambda item: _share(item[0]))[:held_out_items]
+    if not train or not held:
+        raise ValueError(f"{file}: expected texts on either side, got {len(train)} and {len(held)}. Give more of them.")
     classes = tuple(sorted({value for _, value in [*train, *held]}))
     if len(classes) < 2:
         raise ValueError(f"{file}: expected texts of at least two classes, got {list(classes)}.")

@@ -1,11 +1,11 @@
-"""The two studies that come with the package: MiniLM on docstrings, and a small decoder on code and prose.
+"""The studies that come with the package: MiniLM on docstrings, a small decoder on code and prose, generation.
 
 Their margins, learning rates and sizes are fixed here, before any run. Learning rates were tuned at one rank on
 training items held back, with a seed that no run of the grid has; rsLoRA's scale makes one of them serve all ranks.
 
 Values
 ------
-``minilm_plan``, ``decoder_plan``.
+``minilm_plan``, ``decoder_plan``, ``generation_plan``.
 """
 
 from __future__ import annotations
@@ -108,6 +108,49 @@ def decoder_plan(*, quick: bool = False, **changes: Any) -> Plan:
             "other_tasks": ("far", "permuted"),
             **options,
             "controls": ("full", "head"),  # the decoder has no biases
+            **changes,
+        }
+    )
+
+
+def generation_plan(
+    tasks: Mapping[str, Mapping[str, Any]], *, model: str = "decoder", quick: bool = False, **changes: Any
+) -> Plan:
+    """Conditional generation from files of the user's, such as E2E NLG, measured by loss and BLEU.
+
+    Parameters
+    ----------
+    tasks : mapping
+        Name to ``{"file": path}``; the first is the study's, others are what C17 compares with.
+    model : str
+        The small decoder, or a causal transformers model.
+    quick : bool
+    **changes
+        Fields of ``Plan`` to set otherwise.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ValueError
+        If there is no task.
+    """
+    if not tasks:
+        raise ValueError("tasks: expected a file of meaning representations and texts, got none.")
+    setting: dict[str, Any] = {"kind": "generation", "tasks": dict(tasks), "model": model}
+    if quick:
+        setting |= {"held_out_mrs": 4, "max_new_tokens": 24, "pretraining_steps": 20}
+    first, *others = tasks
+    return Plan(
+        **{
+            "setting": setting,
+            "task": first,
+            "recipe": Recipe(8, 4, DECODER.lr, DECODER.alpha) if quick else DECODER,
+            "other_tasks": tuple(others),
+            **(_QUICK if quick else _FULL),
+            "controls": ("full", "head"),
             **changes,
         }
     )
