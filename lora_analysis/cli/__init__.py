@@ -33,6 +33,7 @@ from lora_analysis.cli.lint import lint
 from lora_analysis.cli.magnitude import magnitude
 from lora_analysis.cli.output import plain_text
 from lora_analysis.cli.spectrum import spectrum
+from lora_analysis.cli.train import train
 from lora_analysis.errors import LoraAnalysisError
 
 app = typer.Typer(
@@ -44,7 +45,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect, lint, convert, spectrum, compare, layers, amplify, magnitude, diff, ablate, demo):
+for command in (inspect, lint, convert, spectrum, compare, layers, amplify, magnitude, diff, train, ablate, demo):
     app.command()(command)
 
 

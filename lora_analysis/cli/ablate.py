@@ -10,27 +10,17 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from lora_analysis.cli.study_options import ModelOption, SettingOption, TaskOption, chosen_plan, target_set
 from lora_analysis.errors import LoraAnalysisError
-from lora_analysis.study.plan import Plan, Scaling
-from lora_analysis.study.presets import decoder_plan, generation_plan, minilm_plan
+from lora_analysis.study.plan import Scaling
 from lora_analysis.tables.pool import available_cores
 
 
 def ablate(
     out: Annotated[Path, typer.Argument(help="Directory of the study; one that is there is gone on with.")],
-    setting: Annotated[
-        str,
-        typer.Option(
-            help="minilm: texts by class. decoder: a small language model. generation: MR||text files, with BLEU."
-        ),
-    ] = "minilm",
-    model: Annotated[
-        str | None, typer.Option(help="A transformers model in place of ours: directory or hub id.")
-    ] = None,
-    task: Annotated[
-        list[Path] | None,
-        typer.Option(help="A file of yours: .csv or .jsonl of text and label, or MR||text."),
-    ] = None,
+    setting: SettingOption = "minilm",
+    model: ModelOption = None,
+    task: TaskOption = None,
     targets: Annotated[
         str, typer.Option(help="Target sets, such as q,qv,qkvo; or names of modules, such as fc1+fc2.")
     ] = "",
@@ -56,12 +46,12 @@ def ablate(
     """
     changes: dict[str, Any] = {}
     if targets:
-        changes["target_sets"] = tuple(_target_set(part.strip()) for part in targets.split(","))
+        changes["target_sets"] = tuple(target_set(part.strip()) for part in targets.split(","))
     if ranks:
         changes["ranks"] = tuple(_positive(part) for part in ranks.split(","))
     if seeds is not None:
         changes["seeds"] = tuple(range(seeds))
-    plan = _plan(setting, model, task or [], quick, changes, steps, lr)
+    plan = chosen_plan(setting, model, task or [], quick, changes, steps=steps, lr=lr)
     if scaling not in ("rslora", "lora"):
         raise typer.BadParameter(f"expected rslora or lora, got {scaling!r}", param_hint="--scaling")
     if scaling == "lora" and not tune:
@@ -91,41 +81,6 @@ def ablate(
     except ImportError as error:
         raise LoraAnalysisError(str(error)) from error
     print("\n".join(lines))
-
-
-def _plan(
-    setting: str, model: str | None, tasks: list[Path], quick: bool, changes: dict[str, Any],
-    steps: int | None, lr: float | None,
-) -> Plan:  # fmt: skip
-    files: dict[str, dict[str, Any]] = {path.stem: {"file": str(path.absolute())} for path in tasks}
-    if setting == "minilm" and model is None:
-        plan = minilm_plan(other_tasks=files, quick=quick, **changes)
-    elif setting == "minilm" and files:
-        first, *others = files
-        plan = minilm_plan(other_tasks=files, quick=quick, **changes)
-        plan = replace(
-            plan, setting={**plan.setting, "model": model, "tasks": files}, task=first, other_tasks=tuple(others)
-        )
-    elif setting == "decoder" and not files and model is None:
-        plan = decoder_plan(quick=quick, **changes)
-    elif setting == "generation" and files:
-        plan = generation_plan(files, model=model or "decoder", quick=quick, **changes)
-    else:
-        raise typer.BadParameter(
-            "expected minilm (with --task for another --model), decoder (with neither), or generation with --task",
-            param_hint="--setting",
-        )
-    recipe = plan.recipe
-    if steps is not None:
-        recipe = replace(recipe, steps=steps)
-    if lr is not None:
-        recipe = replace(recipe, lr={**recipe.lr, "lora": lr})
-    return replace(plan, recipe=recipe)
-
-
-def _target_set(text: str) -> tuple[str, ...]:
-    """``qv`` is q and v; ``fc1+fc2`` are modules of those names."""
-    return tuple(text) if text and set(text) <= set("qkvo") else tuple(text.split("+"))
 
 
 def _positive(text: str) -> int:

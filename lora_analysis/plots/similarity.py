@@ -73,7 +73,7 @@ def similarity_grid(
     image = _heat_map(ax, grid, excess=excess)
     ax.set_title(grid.title, fontsize="medium")
     if colour_bar:
-        _colour_bar(ax.figure, image, [ax], [grid], excess=excess)
+        chance_bar(ax.figure, image, [ax], [grid], excess=excess)
     return ax
 
 
@@ -85,6 +85,7 @@ def figure_ranks(
     zoom: int = 8,
     excess: bool = False,
     width: float = TWO_COLUMNS,
+    title: str | None = None,
 ) -> Figure:
     """Two adapters of different rank: the whole grid above, its first ``zoom`` directions below.
 
@@ -106,6 +107,8 @@ def figure_ranks(
         See ``similarity_grid``.
     width : float
         Of the figure, in inches.
+    title : str, optional
+        Above all panels; the figure grows by its lines.
 
     Returns
     -------
@@ -126,6 +129,7 @@ def figure_ranks(
     columns = grids if excess else grids + [null_mean(grid) for grid in of_each_shape(grids)]
     panel = min((width - 0.9) / len(columns) - 0.3, 2.2)
     figure = Figure(figsize=(width, 1.8 * panel + 1.1), layout="constrained")
+    figure_title(figure, title)
     axes = figure.subplots(2, len(columns), squeeze=False, height_ratios=(0.8, 1))
     images = []
     for column, grid in enumerate(columns):
@@ -137,7 +141,7 @@ def figure_ranks(
                 ax.set_ylabel("")
         axes[0, column].set_title(grid.title, fontsize=_title_size(width))
     marked = [part for grid in grids for part in (grid, grid.top(zoom, zoom))]
-    _colour_bar(figure, images[0], axes.ravel().tolist(), marked, excess=excess)
+    chance_bar(figure, images[0], axes.ravel().tolist(), marked, excess=excess)
     return figure
 
 
@@ -150,6 +154,7 @@ def figure_seeds(
     excess: bool = False,
     columns: int = 3,
     width: float = TWO_COLUMNS,
+    title: str | None = None,
 ) -> Figure:
     """Two adapters that differ in their seed: what training finds again, beside a random control.
 
@@ -172,6 +177,8 @@ def figure_seeds(
         Panels in a row.
     width : float
         Of the figure, in inches.
+    title : str, optional
+        Above all panels; the figure grows by its lines.
 
     Returns
     -------
@@ -194,6 +201,7 @@ def figure_seeds(
     rows = -(-len(grids) // columns)
     panel = min((width - 0.9) / columns - 0.3, 2.5)
     figure = Figure(figsize=(width, rows * (panel + 0.55)), layout="compressed")
+    figure_title(figure, title)
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for ax in axes[len(grids) :]:
         ax.remove()
@@ -205,8 +213,16 @@ def figure_seeds(
         ax.set_title(grid.title, fontsize=_title_size(width))
         if number % columns and grid.phi.shape == grids[number - 1].phi.shape:
             ax.set_ylabel("")
-    _colour_bar(figure, images[0], axes, grids, excess=excess)
+    chance_bar(figure, images[0], axes, grids, excess=excess)
     return figure
+
+
+def figure_title(figure: Figure, title: str | None) -> None:
+    """A title above all panels, in room of its own."""
+    if title is not None:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.17 * len(title.splitlines()))
+        figure.suptitle(title, fontsize="small")
 
 
 def _heat_map(ax: Axes, grid: Grid, *, excess: bool, square: bool = True) -> AxesImage:
@@ -239,7 +255,7 @@ def _colours(excess: bool) -> Colormap:
     return colormaps["cividis" if excess else "viridis"].with_extremes(bad="0.8")
 
 
-def _colour_bar(
+def chance_bar(
     figure: Figure | SubFigure, image: AxesImage, axes: list[Axes], grids: Sequence[Grid], *, excess: bool
 ) -> None:
     """A bar from 0 to 1 with the chance level at the last cell of each grid marked on it."""

@@ -210,7 +210,7 @@ def trained(run: Run, recipe: Recipe, setting: Setting, model: nn.Module) -> lis
         model,
         batches,
         lambda model, batch: setting.loss(run.task, model, batch),
-        lr=recipe.lr[run.method] if run.lr is None else run.lr,
+        lr=recipe.rate(run),
         steps=recipe.steps,
         schedule="linear",
         warmup=recipe.steps // 10,

@@ -170,7 +170,7 @@ def train(
         if log is not None and rank() == 0:
             written = TrainingLog(Path(log), state.step)
             stack.callback(written.close)
-        wrapped = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+        wrapped = model if world_size() == 1 else DistributedDataParallel(model)
         stream = islice(batches, state.step * accumulate, None if total is None else total * accumulate)
         for step, group in enumerate(_groups(stream, accumulate), start=state.step + 1):
             for part in optimizer.param_groups:

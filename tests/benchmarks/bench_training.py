@@ -74,7 +74,9 @@ def with_ours(base: nn.Module, targets: list[str], r: int) -> nn.Module:
     model = copy.deepcopy(base)
     training.inject(model, targets, r=r, alpha=ALPHA)
     for layer in training.lora_layers(model).values():
-        nn.init.normal_(layer.factors.lora_B, std=0.02)  # at B = 0 the gradient of A is zero, and compares equal to anything
+        nn.init.normal_(
+            layer.factors.lora_B, std=0.02
+        )  # at B = 0 the gradient of A is zero, and compares equal to anything
     return model
 
 

@@ -58,7 +58,7 @@ class Claim:
     runs : int
         Training runs it rests on: the unit of replication.
     cells : int
-        Modules, layers or grid cells: evidence within runs.
+        Modules, layers, grid cells or groups of held-out items: evidence within runs.
     mde : float, optional
         Minimum detectable effect, in the unit of the estimate's distance from its threshold, at 80 % power.
     """
