@@ -94,7 +94,8 @@ def study_claims(tables: Mapping[str, pd.DataFrame], plan: Plan) -> list[Claim]:
     list of Claim
         In the order of ``ORDER``, each once.
     """
-    found = [*performance_claims(tables["runs"], tables["outcomes"], plan), *subspace_claims(tables, plan)]
+    runs = tables["runs"][tables["runs"]["scaling"] == plan.recipe.scaling]
+    found = [*performance_claims(runs, tables["outcomes"], plan), *subspace_claims(tables, plan)]
     by_id = {claim.id: claim for claim in found}
     claims = [by_id[identifier] for identifier in ORDER]
     tested = [i for i, claim in enumerate(claims) if claim.p is not None]

@@ -52,8 +52,8 @@ class Study:
     def runs(self) -> pd.DataFrame:
         """One row for each finished run, in the order of the plan.
 
-        Columns: ``run task method targets r init_seed data_seed size trainable_parameters held_out_loss accuracy
-        train_loss_first train_loss_last seconds_training``. ``targets`` is joined by ``+``, "" without; ``size`` and
+        Columns: ``run task method targets r init_seed data_seed size scaling trainable_parameters held_out_loss
+        accuracy train_loss_first train_loss_last seconds_training``. ``targets`` is joined by ``+``, "" without; ``size`` and
         ``accuracy`` are NaN where there is none; losses in nats.
         """
         rows = []
@@ -72,6 +72,7 @@ class Study:
                     "init_seed": run.init_seed,
                     "data_seed": run.data_seed,
                     "size": float("nan") if run.size is None else run.size,
+                    "scaling": run.scaling or self.plan.recipe.scaling,
                     "trainable_parameters": record["trainable_parameters"],
                     "held_out_loss": record["held_out_loss"],
                     "accuracy": float("nan") if record["accuracy"] is None else record["accuracy"],
@@ -124,13 +125,16 @@ class Study:
         return load_base(self.base_path)
 
     def find(self, **columns: Any) -> list[str]:
-        """Names of the finished runs whose columns have these values; of all training items unless ``size`` is given.
+        """Names of the finished runs whose columns have these values.
+
+        Those on all training items unless ``size`` is given, with the recipe's scale unless ``scaling`` is.
 
         Examples of columns: ``method="lora", targets="q+v", r=8``.
         """
         table = self.runs
         if "size" not in columns:
             table = table[table["size"].isna()]
+        columns.setdefault("scaling", self.plan.recipe.scaling)
         for column, value in columns.items():
             table = table[table[column] == value]
         return list(table["run"])

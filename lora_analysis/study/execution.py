@@ -187,7 +187,7 @@ def prepared(run: Run, recipe: Recipe, setting: Setting, model: nn.Module) -> nn
             r=run.r,
             alpha=recipe.alpha,
             seed=run.init_seed,
-            rslora=recipe.scaling == "rslora",
+            rslora=(run.scaling or recipe.scaling) == "rslora",
             **placement(model, run.targets),
         )
     elif run.method == "full":

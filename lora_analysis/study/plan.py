@@ -29,6 +29,9 @@ Method = Literal["lora", "full", "bitfit", "head", "frozen"]
 Scaling = Literal["lora", "rslora"]
 """alpha / r, or alpha / sqrt(r)."""
 
+Crossing = Literal["paired", "corners", "product"]
+"""Which seeds of initial factors meet which orders of the data."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -48,6 +51,8 @@ class Run:
         How many of the training items it sees; all by default.
     lr : float, optional
         Instead of the recipe's; for tuning.
+    scaling : {"lora", "rslora"}, optional
+        Instead of the recipe's.
 
     Examples
     --------
@@ -63,6 +68,7 @@ class Run:
     data_seed: int = 0
     size: int | None = None
     lr: float | None = None
+    scaling: Scaling | None = None
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -76,7 +82,8 @@ class Run:
         what = f"{'-'.join(self.targets)}-r{self.r}" if self.method == "lora" else self.method
         seeds = "" if self.method == "frozen" else f"-init{self.init_seed}-data{self.data_seed}"
         size = "" if self.size is None else f"-n{self.size}"
-        return f"{self.task}-{what}{seeds}{size}{'' if self.lr is None else f'-lr{self.lr:g}'}"
+        scaling = "" if self.scaling is None else f"-{self.scaling}"
+        return f"{self.task}-{what}{seeds}{size}{scaling}{'' if self.lr is None else f'-lr{self.lr:g}'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +155,7 @@ class Margins:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """An ablation: {target sets} x {ranks} x {seeds}, with its controls.
+    """An ablation: {target sets} x {ranks} x {seeds} x {tasks} x {scaling rules}, with its controls.
 
     Parameters
     ----------
@@ -156,16 +163,24 @@ class Plan:
         What model and which tasks, as ``open_setting`` takes it.
     task : str
         The task of the grid; others are controls (C17).
-    other_tasks : tuple of str
     recipe : Recipe
     target_sets : tuple of tuple of str
     ranks : tuple of int
     seeds : tuple of int
-        Each is a pair of initial factors and an order of the data.
+        Of the initial factors and of the order of the data.
+    crossing : {"paired", "corners", "product"}
+        Which pairs of the two seeds: equal ones; at the largest rank of ``main`` also the two of the first and last
+        seed that are not equal; or all pairs in the whole grid.
     budget : tuple of (targets, r)
         Target sets at ranks of equal numbers of parameters (Table 5), beside the grid.
     controls : tuple of str
         Methods beside LoRA: ``full``, ``bitfit``, ``head``; ``frozen`` is always run.
+    other_tasks : tuple of str
+        Tasks that ``main`` is adapted to at one rank, for comparison with ``task`` (C17).
+    grid_tasks : tuple of str
+        Tasks with a whole grid of their own beside ``task``. Claims are judged on ``task``.
+    scalings : tuple of {"lora", "rslora"}
+        Scaling rules beside the recipe's with a whole grid of their own. Claims are judged on the recipe's.
     sizes : tuple of int
         Numbers of training items at which LoRA is compared with full fine-tuning (C16).
     margins : Margins
@@ -180,12 +195,17 @@ class Plan:
     budget: tuple[tuple[tuple[str, ...], int], ...] = ()
     controls: tuple[Method, ...] = ("full", "head")
     other_tasks: tuple[str, ...] = ()
+    grid_tasks: tuple[str, ...] = ()
+    scalings: tuple[Scaling, ...] = ()
+    crossing: Crossing = "corners"
     sizes: tuple[int, ...] = ()
     margins: Margins = field(default_factory=Margins)
 
     def __post_init__(self) -> None:
         if not (self.target_sets and self.ranks and self.seeds):
             raise ValueError("expected at least one target set, one rank and one seed.")
+        if self.crossing not in get_args(Crossing):
+            raise ValueError(f"crossing: expected one of {get_args(Crossing)}, got {self.crossing!r}.")
 
     @property
     def main(self) -> tuple[str, ...]:
@@ -195,12 +215,16 @@ class Plan:
     def runs(self) -> list[Run]:
         """Every run, each once, the costliest first so that a pool ends together."""
         first, last, most = self.seeds[0], self.seeds[-1], max(self.ranks)
-        found = [Run(task, "frozen") for task in (self.task, *self.other_tasks)]
-        for targets, r, seed in itertools.product(self.target_sets, self.ranks, self.seeds):
-            found.append(Run(self.task, "lora", targets, r, seed, seed))
+        found = [Run(task, "frozen") for task in (self.task, *self.grid_tasks, *self.other_tasks)]
+        pairs = [(i, d) for i, d in itertools.product(self.seeds, repeat=2) if i == d or self.crossing == "product"]
+        grid = itertools.product(self.target_sets, self.ranks, pairs)
+        for (targets, r, (i, d)), task, scaling in itertools.product(
+            grid, (self.task, *self.grid_tasks), (None, *self.scalings)
+        ):
+            found.append(Run(task, "lora", targets, r, i, d, scaling=scaling))
         for (targets, r), seed in itertools.product(self.budget, self.seeds):
             found.append(Run(self.task, "lora", targets, r, seed, seed))
-        if first != last:
+        if first != last and self.crossing != "paired":
             # The other two cells of {same, different} initial factors x {same, different} order.
             found.append(Run(self.task, "lora", self.main, most, first, last))
             found.append(Run(self.task, "lora", self.main, most, last, first))
@@ -232,6 +256,9 @@ class Plan:
             budget=tuple((tuple(targets), r) for targets, r in content["budget"]),
             controls=tuple(content["controls"]),
             other_tasks=tuple(content["other_tasks"]),
+            grid_tasks=tuple(content["grid_tasks"]),
+            scalings=tuple(content["scalings"]),
+            crossing=content["crossing"],
             sizes=tuple(content["sizes"]),
             margins=Margins(**content["margins"]),
         )

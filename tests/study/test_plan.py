@@ -32,6 +32,19 @@ def test_every_run_is_there_once_and_has_its_own_directory() -> None:
     assert [run.name for run in runs if run.method == "frozen"] == ["docstrings-frozen", "banking-frozen"]
 
 
+def test_seeds_can_be_crossed_and_tasks_and_scales_have_grids_of_their_own() -> None:
+    base = replace(minilm_plan(), ranks=(2, 8), target_sets=(("q", "v"),), budget=(), controls=(), sizes=())
+    for crossing, pairs in (("paired", 3), ("corners", 3), ("product", 9)):
+        runs = [run for run in replace(base, crossing=crossing).runs() if run.method == "lora"]  # type: ignore[arg-type]
+        assert len(runs) == 2 * pairs + (2 if crossing == "corners" else 0)
+    plan = replace(base, crossing="paired", grid_tasks=("other",), scalings=("lora",))
+    runs = [run for run in plan.runs() if run.method == "lora"]
+    assert len({run.name for run in runs}) == len(runs) == 2 * 3 * 2 * 2
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    with pytest.raises(ValueError, match="crossing: expected one of"):
+        replace(base, crossing="all")  # type: ignore[arg-type]
+
+
 def test_the_budget_spends_one_number_of_parameters() -> None:
     plan = minilm_plan()
     sizes = {len(targets) * r for targets, r in (*plan.budget, (("q",), 8))}
