@@ -53,8 +53,8 @@ class Study:
         """One row for each finished run, in the order of the plan.
 
         Columns: ``run task method targets r init_seed data_seed size scaling trainable_parameters held_out_loss
-        accuracy train_loss_first train_loss_last seconds_training``. ``targets`` is joined by ``+``, "" without; ``size`` and
-        ``accuracy`` are NaN where there is none; losses in nats.
+        accuracy train_loss_first train_loss_last seconds_training``. ``targets`` is joined by ``+``, "" without;
+        ``size`` and ``accuracy`` are NaN where there is none; losses in nats.
         """
         rows = []
         for run in self.plan.runs():

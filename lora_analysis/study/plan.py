@@ -143,6 +143,10 @@ class Margins:
         The share of the ceiling below which ΔW counts as not lying in W's top directions (C10).
     top_share : float
         Share of W's directions that count as its top ones (C13; the paper's 10 %).
+    tail_ratio : float
+        Overlap beside the top direction, in units of chance, from which on it counts as shared (C4b).
+    layers_share : float
+        Share of layers in which a claim has to hold to hold "across layers" (C8).
     """
 
     confidence: float = 0.95
@@ -151,6 +155,8 @@ class Margins:
     plateau_from: int = 4
     ceiling: float = 0.5
     top_share: float = 0.1
+    tail_ratio: float = 1.5
+    layers_share: float = 0.9
 
 
 @dataclass(frozen=True, slots=True)

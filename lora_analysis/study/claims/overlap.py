@@ -43,12 +43,6 @@ from lora_analysis.study.plan import Plan
 
 Tables = Mapping[str, pd.DataFrame]
 
-TAIL_RATIO = 1.5
-"""Times chance from which the directions after the first count as shared (C4b)."""
-
-LAYERS_SHARE = 0.9
-"""Share of cells that "holds across layers" asks for (C8)."""
-
 
 def pairs_of(tables: Tables, kind: str, *, target: str = "update", side: str | None = None) -> pd.DataFrame:
     """The overlaps of one kind of pair."""
@@ -176,8 +170,8 @@ def unshared_tail(tables: Tables, plan: Plan) -> Claim:
     found = replicates_of(rows, "tail", "p_tail", plan)
     numbers, level = summary(found, plan.margins.confidence), 1 - plan.margins.confidence
     top = shared_top_direction(tables, plan).verdict
-    small = [item.effect < TAIL_RATIO and item.share <= 0.5 for item in found]
-    large = [item.effect >= TAIL_RATIO and item.p < level for item in found]
+    small = [item.effect < plan.margins.tail_ratio and item.share <= 0.5 for item in found]
+    large = [item.effect >= plan.margins.tail_ratio and item.p < level for item in found]
     verdict: Verdict = "not_reproduced"
     if all(large) and len(found) >= FEWEST:
         verdict = "contradicted"
@@ -186,12 +180,12 @@ def unshared_tail(tables: Tables, plan: Plan) -> Claim:
     moot = "" if top == "reproduced" else " The top direction is not shown to be shared (C4), so nothing stands out."
     why = (
         f"Median T {numbers['estimate']:.3g} (range over {len(found)} pairs of runs {span(numbers['interval'])}), by "
-        f"chance 1; from {TAIL_RATIO} on it would count as shared. "
+        f"chance 1; from {plan.margins.tail_ratio} on it would count as shared. "
         f"Holm-p < {level:.2g} in {shares_of(found)} of "
         f"{numbers['cells']} cells. By target: {medians(tables, 'ranks', 'tail')}.{moot}"
     )
     # p is that of overlap, not of its absence.
-    return Claim(*about, verdict, why, **{**numbers, "p": None}, null_mean=1.0, mde=TAIL_RATIO - 1)
+    return Claim(*about, verdict, why, **{**numbers, "p": None}, null_mean=1.0, mde=plan.margins.tail_ratio - 1)
 
 
 def mutual_inclusion(tables: Tables, plan: Plan) -> Claim:
@@ -242,7 +236,7 @@ def all_layers(tables: Tables, plan: Plan) -> Claim:
         return unattempted(*about, _ranks_needed(plan))
     layers = sorted(set(pairs_of(tables, "ranks").get("layer", [])) | set(pairs_of(tables, "seeds").get("layer", [])))
     shares = [item.share for item in found]
-    verdict: Verdict = "reproduced" if min(shares) >= LAYERS_SHARE else "not_reproduced"
+    verdict: Verdict = "reproduced" if min(shares) >= plan.margins.layers_share else "not_reproduced"
     if len(layers) < 3:
         verdict = "not_testable_at_this_scale"
     elif verdict == "reproduced" and len(found) < FEWEST:
@@ -250,7 +244,7 @@ def all_layers(tables: Tables, plan: Plan) -> Claim:
     level = 1 - plan.margins.confidence
     why = (
         f"{share_range(shares)} of {max(item.cells for item in found)} cells in {len(layers)} layers have "
-        f"Holm-p < {level:.2g}, over {len(found)} pairs of runs; {LAYERS_SHARE:.0%} in every pair were asked for. A "
+        f"Holm-p < {level:.2g}, over {len(found)} pairs of runs; {plan.margins.layers_share:.0%} in every pair were asked for. A "
         "cell without it may share less than the test can see."
     )
     return Claim(
