@@ -15,7 +15,8 @@ cividis for quantities: told apart by readers with any colour vision, and with m
 Plots
 -----
 ``rank_ablation`` (tables 6 and 18 of the paper), ``similarity_grid``, ``figure_ranks`` (figure 3),
-``figure_seeds`` (figure 4), ``amplification_points`` and ``gain_by_layer`` (table 7), ``spectra``,
+``figure_seeds`` (figure 4), ``figure_top_directions`` (figure 8), ``amplification_points`` and ``gain_by_layer``
+(table 7), ``spectra``,
 ``training_dynamics`` and ``figure_dynamics``; ``save_figure``.
 
 References
@@ -29,12 +30,14 @@ from lora_analysis.plots.dynamics import figure_dynamics, training_dynamics
 from lora_analysis.plots.saving import save_figure
 from lora_analysis.plots.similarity import figure_ranks, figure_seeds, similarity_grid
 from lora_analysis.plots.spectra import spectra
+from lora_analysis.plots.top_directions import figure_top_directions
 
 __all__ = [
     "amplification_points",
     "figure_dynamics",
     "figure_ranks",
     "figure_seeds",
+    "figure_top_directions",
     "gain_by_layer",
     "rank_ablation",
     "save_figure",

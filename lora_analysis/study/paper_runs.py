@@ -37,6 +37,7 @@ def grid_runs(study: Study) -> pd.DataFrame:
     """The LoRA runs of the plan's task on all training items, rows of ``study.runs``."""
     runs = study.runs
     mine = (runs["task"] == study.plan.task) & (runs["method"] == "lora") & runs["size"].isna()
+    mine &= runs["scaling"] == study.plan.recipe.scaling
     return runs[mine & (runs["init_seed"] == runs["data_seed"])]
 
 

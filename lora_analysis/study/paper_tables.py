@@ -176,6 +176,7 @@ def metric_by_parameters(study: Study) -> pd.DataFrame:
     """
     runs = study.runs
     runs = runs[(runs["task"] == study.plan.task) & runs["size"].isna() & (runs["init_seed"] == runs["data_seed"])]
+    runs = runs[runs["scaling"] == study.plan.recipe.scaling]
     if runs.empty:
         raise Unavailable(f"no run on {study.plan.task} has finished")
     rows = []

@@ -170,6 +170,9 @@ def test_where_w_is_zero_is_a_part_of_its_own(tmp_path: Path) -> None:
     parts = top_directions(wide, side="in").parts
     d_out, d_in = SHAPES["v"]
     assert parts["part"].tolist()[10] == "null"
+    # A part of fewer directions than are placed can hold no more than its own share of them.
+    assert (parts["directions"] < parts["j"]).any()
+    assert (parts["null_high"] <= parts["directions"] / parts["j"]).all()
     rows = parts[parts["part"] == "null"]
     assert set(rows["directions"]) == {d_in - d_out}
     V = load_file(wide.base_path)[f"{module('v', 1)}.weight"].double()

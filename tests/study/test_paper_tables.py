@@ -105,6 +105,7 @@ def test_methods_are_in_order_of_their_parameters(study: Study) -> None:
     values = [study.record(f"near-full-init{s}-data{s}") for s in study.plan.seeds]
     assert full["loss_seeds"] == tuple(record["held_out_loss"] for record in values if record is not None)
     assert (full["paper_millions"], full["paper_multinli"]) == (175_000.0, 89.5)
+    check_metrics(study, table.set_index(["targets", "r"]).loc[("q+v", 8)], ("q", "v"), 8)
     frozen = table.iloc[0]
     assert frozen["loss_gain"] == 0
     assert len(frozen["loss_seeds"]) == 1
@@ -240,6 +241,7 @@ def test_everything_is_written_and_what_is_missing_is_said(study: Study, tmp_pat
 def test_nearest_rank_is_by_ratio() -> None:
     assert [nearest(wanted, [1, 4, 16]) for wanted in (4, 8, 64, 1)] == [4, 4, 16, 1]
     assert nearest(64, [8, 100]) == 100
+    assert nearest(8, [1, 16]) == 16
 
 
 def numbers(text: str) -> list[float]:

@@ -180,9 +180,8 @@ def unshared_tail(tables: Tables, plan: Plan) -> Claim:
     moot = "" if top == "reproduced" else " The top direction is not shown to be shared (C4), so nothing stands out."
     why = (
         f"Median T {numbers['estimate']:.3g} (range over {len(found)} pairs of runs {span(numbers['interval'])}), by "
-        f"chance 1; from {plan.margins.tail_ratio} on it would count as shared. "
-        f"Holm-p < {level:.2g} in {shares_of(found)} of "
-        f"{numbers['cells']} cells. By target: {medians(tables, 'ranks', 'tail')}.{moot}"
+        f"chance 1; from {plan.margins.tail_ratio:g} on it would count as shared. Holm-p < {level:.2g} in "
+        f"{shares_of(found)} of {numbers['cells']} cells. By target: {medians(tables, 'ranks', 'tail')}.{moot}"
     )
     # p is that of overlap, not of its absence.
     return Claim(*about, verdict, why, **{**numbers, "p": None}, null_mean=1.0, mde=plan.margins.tail_ratio - 1)
@@ -244,8 +243,8 @@ def all_layers(tables: Tables, plan: Plan) -> Claim:
     level = 1 - plan.margins.confidence
     why = (
         f"{share_range(shares)} of {max(item.cells for item in found)} cells in {len(layers)} layers have "
-        f"Holm-p < {level:.2g}, over {len(found)} pairs of runs; {plan.margins.layers_share:.0%} in every pair were asked for. A "
-        "cell without it may share less than the test can see."
+        f"Holm-p < {level:.2g}, over {len(found)} pairs of runs; {plan.margins.layers_share:.0%} in every pair were "
+        "asked for. A cell without it may share less than the test can see."
     )
     return Claim(
         *about,
