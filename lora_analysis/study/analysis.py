@@ -24,6 +24,7 @@ from lora_analysis.checkpoint import read_json
 from lora_analysis.study.claims.claim import Claim, holm
 from lora_analysis.study.claims.performance import performance_claims
 from lora_analysis.study.claims.subspaces import subspace_claims
+from lora_analysis.study.controls import control_lines
 from lora_analysis.study.evidence import open_study
 from lora_analysis.study.execution import write_json
 from lora_analysis.study.paper import write_paper
@@ -74,6 +75,7 @@ def analyse_study(directory: Path, *, say: Callable[[str], None] = lambda text: 
     write_json(directory / "claims.json", {"claims": [asdict(claim) for claim in claims]})
     write_table(claims_table(claims), directory / "claims.csv")
     lines = claims_text(claims, study.plan)
+    lines += ["", *control_lines(study.runs, study.tasks["tasks"], study.plan)]
     (directory / "claims.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     say("drawing the paper's tables and figures")
     write_paper(study, directory / "paper", say=say)

@@ -32,7 +32,10 @@ CANDIDATES: Mapping[str, tuple[float, ...]] = {
     "bitfit": (2e-3, 5e-3, 1e-2),
     "head": (3e-3, 1e-2, 3e-2),
 }
-"""Learning rates that are tried, by method."""
+"""Learning rates that are tried, by method; where the best is an end of them, more beyond it."""
+
+_MOST = 7
+"""Rates tried of one method at most."""
 
 
 def tuned_plan(plan: Plan, directory: Path, *, processes: int, say: Callable[[str], None] = lambda text: None) -> Plan:
@@ -83,17 +86,36 @@ def tuned_recipe(
         for r in ranks
     }
     keys |= {method: Run(plan.task, method, init_seed=SEED, data_seed=SEED) for method in plan.controls}
-    tried = [(key, replace(run, lr=lr)) for key, run in keys.items() for lr in candidates[key.partition("-")[0]]]
     held_back = setting.held_back()
+    losses: dict[str, dict[float, float]] = {key: {} for key in keys}
+    wanted = [(key, lr) for key in keys for lr in candidates[key.partition("-")[0]]]
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        losses = list(pool.map(_loss, [(run, plan.recipe, held_back) for _, run in tried]))
-    found: dict[str, tuple[float, float]] = {}
-    for (key, run), loss in zip(tried, losses, strict=True):
-        say(f"{key}, learning rate {run.lr:g}: loss {loss:.4f} on items held back")
-        found[key] = min(found.get(key, (float("inf"), 0.0)), (loss, float(run.lr or 0)))
-    return replace(plan.recipe, lr={**plan.recipe.lr, **{key: lr for key, (_, lr) in found.items()}})
+        while wanted:
+            jobs = [(replace(keys[key], lr=lr), plan.recipe, held_back) for key, lr in wanted]
+            for (key, lr), loss in zip(wanted, pool.map(_loss, jobs), strict=True):
+                say(f"{key}, learning rate {lr:.2g}: loss {loss:.4f} on items held back")
+                losses[key][lr] = loss
+            wanted = [(key, lr) for key, tried in losses.items() if (lr := _beyond(tried)) is not None]
+    best = {key: min(tried, key=tried.__getitem__) for key, tried in losses.items()}
+    return replace(plan.recipe, lr={**plan.recipe.lr, **best})
+
+
+def _beyond(losses: Mapping[float, float]) -> float | None:
+    """The next rate to try where the best so far is the least or the largest; None where it lies between others.
+
+    Examples
+    --------
+    >>> _beyond({1e-3: 2.0, 4e-3: 1.0}), _beyond({1e-3: 2.0, 2e-3: 1.0, 4e-3: 1.5})
+    (0.016, None)
+    """
+    rates = sorted(losses)
+    best = min(losses, key=losses.__getitem__)
+    if len(rates) < 2 or len(rates) >= _MOST or best not in (rates[0], rates[-1]):
+        return None
+    near, end = (rates[1], rates[0]) if best == rates[0] else (rates[-2], rates[-1])
+    return end * end / near
 
 
 def _loss(arguments: tuple[Run, Recipe, Setting]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -20,6 +21,7 @@ from lora_analysis.study.analysis import (
     study_claims,
 )
 from lora_analysis.study.claims.claim import Claim, Verdict, directional, equivalent, holm
+from lora_analysis.study.controls import control_lines
 from lora_analysis.study.presets import minilm_plan
 
 FIGURES = Path(__file__).parents[2] / "figures"
@@ -47,7 +49,9 @@ def test_verdicts_are_those_of_the_stored_tables(quick_study: Path) -> None:
 def test_published_verdicts_are_those_of_the_published_tables(folder: Path) -> None:
     tables, plan = read_evidence(folder)
     assert study_claims(tables, plan) == stored_claims(folder)
-    assert (folder / "claims.txt").read_text("utf-8").splitlines() == claims_text(stored_claims(folder), plan)
+    tasks = json.loads((folder / "tasks.json").read_text("utf-8"))["tasks"]
+    lines = [*claims_text(stored_claims(folder), plan), "", *control_lines(tables["runs"], tasks, plan)]
+    assert (folder / "claims.txt").read_text("utf-8").splitlines() == lines
 
 
 def test_a_study_that_is_not_finished_is_analysed_with_what_is_there(quick_study: Path, tmp_path: Path) -> None:
@@ -105,3 +109,17 @@ def test_holm_is_statsmodels_by_hand() -> None:
     assert holm([0.01, 0.02, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
     assert holm([0.5, 0.001]) == pytest.approx([0.5, 0.002])
     assert holm([]) == []
+
+
+def test_controls_are_said_beside_what_needs_no_model(quick_study: Path) -> None:
+    tables, plan = read_evidence(quick_study)
+    tasks = json.loads((quick_study / "tasks.json").read_text("utf-8"))["tasks"]
+    lines = control_lines(tables["runs"], tasks, plan)
+    text = " ".join(" ".join(lines).split())
+    runs = tables["runs"].set_index("run")
+    assert f"near: frozen {runs.loc['near-frozen', 'held_out_loss']:.3f};" in text
+    full = runs[runs["method"] == "full"]["held_out_loss"]
+    assert f"full fine-tuning {full.mean():.3f} ({full.min():.3f} to {full.max():.3f})" in text
+    assert "permuted: frozen" in text
+    assert text.count("bigrams of the training bytes") == 3
+    assert max(map(len, lines)) <= 80
