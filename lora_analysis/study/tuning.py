@@ -97,7 +97,8 @@ def tuned_recipe(
             for (key, lr), loss in zip(wanted, pool.map(_loss, jobs), strict=True):
                 say(f"{key}, learning rate {lr:.2g}: loss {loss:.4f} on items held back")
                 losses[key][lr] = loss
-            wanted = [(key, lr) for key, tried in losses.items() if (lr := _beyond(tried)) is not None]
+            further = {key: _beyond(tried) for key, tried in losses.items()}
+            wanted = [(key, lr) for key, lr in further.items() if lr is not None]
     best = {key: min(tried, key=tried.__getitem__) for key, tried in losses.items()}
     return replace(plan.recipe, lr={**plan.recipe.lr, **best})
 
