@@ -36,7 +36,7 @@ PLAN = Plan(
 ALONE = replace(PLAN, other_tasks=())
 MODULES = [f"layer.{i}.{part}" for i in range(6) for part in ("query", "value")]
 NULLS = Nulls(draws=999)
-STUDIES = 100
+STUDIES = 40
 
 
 def orthonormal(generator, d, k):
