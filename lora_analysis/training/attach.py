@@ -26,7 +26,7 @@ from lora_analysis.training.inject import (
     spots_of,
 )
 from lora_analysis.training.switching import activate, require_new
-from lora_analysis.training.targets import places, refusal
+from lora_analysis.training.targets import Place, places, refusal
 from lora_analysis.update import LowRankUpdate
 
 
@@ -123,7 +123,7 @@ def _spots(model: nn.Module, adapter: Adapter, members: dict[str, list[_Member]]
     """The weight of each of the adapter's tensors, each taken once."""
     by_name = {name: place for place in places(model) for name in place.names}
     found: dict[str, Spot] = {}
-    taken: dict[int, str] = {}
+    taken: dict[tuple[int, str], str] = {}
     for tensor, some in members.items():
         module = tensor.removesuffix(".weight")
         place = by_name.get(module) if tensor.endswith(".weight") else None
@@ -140,7 +140,11 @@ def _spots(model: nn.Module, adapter: Adapter, members: dict[str, list[_Member]]
                 f"{adapter.source}: expected a module {module!r}{more} in {type(model).__name__}, got none. "
                 f"Its modules begin with {', '.join(repr(name) for name in list(by_name)[1:4])}."
             )
-        if (other := taken.setdefault(id(spot.weight), some[0].module)) != some[0].module:
+        # Not by the weight, which two modules may share, each with an update of its own.
+        owner, attribute = (
+            (spot.place.base, "weight") if isinstance(spot.place, Place) else (spot.place.owner, spot.place.attribute)
+        )
+        if (other := taken.setdefault((id(owner), attribute), some[0].module)) != some[0].module:
             raise UnsupportedAdapterError(
                 f"{adapter.source}: expected one update per module of the model, got {other!r} and "
                 f"{some[0].module!r} for {spot.name!r}."

@@ -16,6 +16,7 @@ Values
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -29,6 +30,8 @@ Batch = TypeVar("Batch")
 @contextmanager
 def process_group(backend: str | None = None) -> Iterator[None]:
     """The group of processes that ``torchrun`` started, for as long as the block runs; nothing where it did not.
+
+    With nccl ``"cuda"`` means the process's own device, ``LOCAL_RANK``; model and batches are to be moved there.
 
     Parameters
     ----------
@@ -44,7 +47,10 @@ def process_group(backend: str | None = None) -> Iterator[None]:
     if not distributed.is_torchelastic_launched():
         yield
         return
-    distributed.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+    chosen = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if chosen == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group(chosen)
     try:
         yield
     finally:

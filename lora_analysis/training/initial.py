@@ -26,13 +26,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa"]
 """How the factors begin; see ``initial_factors``."""
+
+
+class _Drawn(TypedDict):
+    dtype: torch.dtype
+    device: str
+
+
+_DRAWN: _Drawn = {"dtype": torch.float32, "device": "cpu"}
+"""Whatever the defaults are: the generator draws other numbers elsewhere."""
 
 
 def initial_down(d_in: int, *, r: int, module: str, seed: int) -> Tensor:
@@ -59,7 +68,7 @@ def initial_down(d_in: int, *, r: int, module: str, seed: int) -> Tensor:
     >>> bool((small == large[:2]).any())
     False
     """
-    down = torch.empty(r, d_in, dtype=torch.float32, device="cpu")
+    down = torch.empty(r, d_in, **_DRAWN)
     nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=_generator(seed, module, r))
     return down
 
@@ -95,19 +104,19 @@ def initial_factors(
     """
     width = d_in if random == "down" else d_out
     if init == "orthogonal":
-        normal = torch.empty(r, width).normal_(generator=_generator(seed, module, r))
+        normal = torch.empty(r, width, **_DRAWN).normal_(generator=_generator(seed, module, r))
         tall = normal.mT if r <= width else normal
         Q, R = torch.linalg.qr(tall)
         Q = Q * R.diagonal().sign() / math.sqrt(3)  # which makes it uniform among the orthonormal ones
         drawn = Q.mT if r <= width else Q
     elif init == "gaussian" or random == "up":
         sd = 1.0 if random == "up" else 1 / r
-        drawn = torch.empty(r, width).normal_(std=sd, generator=_generator(seed, module, r))
+        drawn = torch.empty(r, width, **_DRAWN).normal_(std=sd, generator=_generator(seed, module, r))
     else:
         drawn = initial_down(width, r=r, module=module, seed=seed)
     if random == "up":
-        return torch.zeros(r, d_in), drawn.mT.contiguous()
-    return drawn.contiguous(), torch.zeros(d_out, r)
+        return torch.zeros(r, d_in, **_DRAWN), drawn.mT.contiguous()
+    return drawn.contiguous(), torch.zeros(d_out, r, **_DRAWN)
 
 
 def principal_factors(matrix: Tensor, *, r: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -145,4 +154,4 @@ def principal_factors(matrix: Tensor, *, r: int, scale: float) -> tuple[Tensor, 
 
 def _generator(seed: int, module: str, r: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}\0{module}\0{r}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))

@@ -181,7 +181,13 @@ def inject(
         factors.beside = beside
         to_weight(factors, spot.weight)
         if dora:
-            factors.lora_magnitude = nn.Parameter(row_norms(spot.weight, spot.storage, factors))
+            norms = row_norms(spot.weight, spot.storage, factors)
+            if not norms.is_meta and not norms.all():
+                raise ValueError(
+                    f"{spot.name!r}: dora= divides by the norm of every row of the weight, and row "
+                    f"{int(norms.argmin())} is zero. Leave this module out, or use plain LoRA."
+                )
+            factors.lora_magnitude = nn.Parameter(norms)
         made.append((spot, factors))
     model.requires_grad_(False)
     for spot, factors in made:

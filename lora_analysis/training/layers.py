@@ -132,6 +132,7 @@ class LoraLayer(nn.Module):
     def _is_plain(self, factors: LoraFactors, x: Tensor) -> bool:
         """Whether layer and update are one product of factors in one dtype, and nobody watches the base layer."""
         base, weight = self.base_layer, self.weight
+        # accelerate, for one, sets a forward on the layer itself.
         watched = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         return (
             self.kind in (LINEAR, CONV1D)
@@ -139,7 +140,7 @@ class LoraLayer(nn.Module):
             and not factors.less_initial
             and not (self.training and factors.dropout > 0)
             and x.dtype == weight.dtype == factors.lora_A.dtype
-            and not (weight.requires_grad or watched)
+            and not (weight.requires_grad or watched or "forward" in vars(base))
             and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()
             and not torch._C._are_functorch_transforms_active()  # vmap and jvp know composed operations alone

@@ -30,7 +30,7 @@ from lora_analysis.training.layers import sites
 from lora_analysis.training.optimizer import parameter_groups
 from lora_analysis.training.recompute import recomputed
 from lora_analysis.training.records import TrainingLog, progress_bar, tokens_in
-from lora_analysis.training.resume import RunState, load_state, save_state
+from lora_analysis.training.resume import RunState, load_state, save_state, set_random_state
 
 Schedule = Literal["constant", "linear", "cosine"]
 """How the learning rate goes on after warmup: kept, to zero on a line, to zero on half a cosine."""
@@ -102,7 +102,8 @@ def train(
         Compute blocks below the first adapted one once for each row of the data; see ``frozen_prefix``.
     checkpoint : path, optional
         A file to write the state of the run to. If it is there, the run is taken up from it: the batches it has used
-        are skipped, so they must come in the same order again. One of a finished run trains nothing.
+        are skipped, so they must come in the same order again (a ``DataLoader`` that shuffles: after the same
+        ``torch.manual_seed``, or with a ``generator``). One of a finished run trains nothing.
     checkpoint_every : int, optional
         Steps between two writings; only at the end by default.
     log : path, optional
@@ -123,10 +124,12 @@ def train(
     ------
     ValueError
         If an argument is out of range, the model is merged or has nothing to train, the loss is not a
-        scalar that depends on what is trained, the batches run out before ``steps`` or within an update, or the
-        checkpoint is of another run.
+        scalar that depends on what is trained, the batches run out before ``steps`` or within an update, the
+        checkpoint is of another run, or, with several processes, the loss leaves out a parameter that trains.
+    AdapterFormatError
+        If the checkpoint cannot be read.
     FloatingPointError
-        If the loss is NaN or infinite; the parameters are those before that step.
+        If the loss or a gradient is NaN or infinite; the parameters are those before that step.
 
     Examples
     --------
@@ -135,6 +138,8 @@ def train(
     >>> losses[0] > losses[2]
     True
     """
+    lr, lr_ratio, weight_decay = float(lr), float(lr_ratio), float(weight_decay)  # numpy's are not read back
+    max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
     total = _step_count(batches, steps, accumulate)
     _require_settings(schedule, total, warmup, autocast, checkpoint_every)
     for name, site in sites(model).items():
@@ -157,10 +162,13 @@ def train(
     path = None if checkpoint is None else Path(checkpoint)
     resumed = None if path is None else load_state(path, model, optimizer, settings)
     state = resumed or RunState(0, [], 0)
+    require_equal("checkpoint: steps made", state.step)
     losses, seen = list(state.losses), state.tokens
     device = trained[0].device.type
     with ExitStack() as stack:
         stack.enter_context(_train_mode(model))
+        stack.callback(optimizer.zero_grad)
+        optimizer.zero_grad()
         if recompute:
             stack.enter_context(recomputed(model))
         if cache_frozen:
@@ -171,7 +179,12 @@ def train(
             written = TrainingLog(Path(log), state.step)
             stack.callback(written.close)
         wrapped = model if world_size() == 1 else DistributedDataParallel(model)
-        stream = islice(batches, state.step * accumulate, None if total is None else total * accumulate)
+        stream = iter(batches)
+        skipped = sum(1 for _ in islice(stream, state.step * accumulate))
+        if resumed is not None:
+            set_random_state(resumed)
+        if total is not None:
+            stream = islice(stream, max(0, total * accumulate - skipped))
         for step, group in enumerate(_groups(stream, accumulate), start=state.step + 1):
             for part in optimizer.param_groups:
                 part["lr"] = part.setdefault("peak_lr", part["lr"]) * learning_rate_factor(
@@ -186,15 +199,14 @@ def train(
                         value = loss(cast(ModelT, wrapped), batch)
                     values.append(_checked(value, step))
                     (value / accumulate if accumulate > 1 else value).backward()  # type: ignore[no-untyped-call]
-                seen += tokens(batch)
+                seen += int(tokens(batch))
+            if world_size() > 1:
+                _require_gradients(model)
             mean = mean_over_processes(torch.stack(values).double().mean()).item()
-            if not math.isfinite(mean):
-                optimizer.zero_grad()
-                raise FloatingPointError(
-                    f"step {step}: expected a finite loss, got {mean}. Lower lr=, or pass max_grad_norm=."
-                )
+            _require_finite("loss", mean, step)
+            norm = _clipped_norm(trained, max_grad_norm)
+            _require_finite("norm of the gradients", norm, step)
             losses.append(mean)
-            norm = _gradient_norm(trained, max_grad_norm, wanted=written is not None)
             optimizer.step()
             optimizer.zero_grad()
             if written is not None:
@@ -254,7 +266,10 @@ def _require_settings(
 
 
 def _step_count(batches: Iterable[object], steps: int | None, accumulate: int) -> int | None:
-    available = len(batches) if isinstance(batches, Sized) else None
+    try:
+        available = len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader of an IterableDataset
+        available = None
     if accumulate < 1:
         raise ValueError(f"accumulate: expected at least 1 batch, got {accumulate}.")
     if steps is not None and steps < 1:
@@ -294,12 +309,26 @@ def _checked(loss: Tensor, step: int) -> Tensor:
     return loss.detach()
 
 
-def _gradient_norm(parameters: list[nn.Parameter], limit: float | None, *, wanted: bool) -> float:
-    """Norm of all gradients together, clipped to the limit; NaN where nobody wants to know."""
+def _require_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"step {step}: expected a finite {what}, got {value}. Lower lr=, or pass max_grad_norm=."
+        )
+
+
+def _require_gradients(model: nn.Module) -> None:
+    """Refuse what DistributedDataParallel would wait for, having averaged nothing of the same bucket."""
+    if unused := [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]:
+        raise ValueError(
+            f"{unused[0]!r}: expected a loss that depends on every parameter that trains, which several processes "
+            f"need, got one without {len(unused)} of them. Adapt other modules, or freeze these."
+        )
+
+
+def _clipped_norm(parameters: list[nn.Parameter], limit: float | None) -> float:
+    """Norm of all gradients together, before they are clipped to the limit, if there is one."""
     if limit is not None:
         return float(nn.utils.clip_grad_norm_(parameters, limit))
-    if not wanted:
-        return math.nan
     return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 

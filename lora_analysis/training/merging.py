@@ -49,17 +49,20 @@ def merge(model: nn.Module) -> None:
             raise ValueError(f"{name!r}: expected an unmerged layer, got a merged one. Call unmerge first.")
     weights = {name: stored_weight(model, site) for name, site in found.items()}
     _require_untied(model, found, weights)
-    for name, site in found.items():
-        weight = weights[name].data
-        site.original = weight.clone()
-        if not _write_merged(site, weight):
-            for earlier, written in found.items():
-                if written.merged:
-                    _restore(written, weights[earlier])
-            raise UndefinedUpdateError(
-                f"{name!r}: expected a finite merged weight, got NaN or infinities in {weight.dtype}. "
-                "Check the factors, or convert the model to a wider dtype."
-            )
+    try:
+        for name, site in found.items():
+            weight = weights[name].data
+            site.original = weight.clone()
+            if not _write_merged(site, weight):
+                raise UndefinedUpdateError(
+                    f"{name!r}: expected a finite merged weight, got NaN or infinities in {weight.dtype}. "
+                    "Check the factors, or convert the model to a wider dtype."
+                )
+    except BaseException:  # memory may run out, or the user interrupt
+        for earlier, written in found.items():
+            if written.merged:
+                _restore(written, weights[earlier])
+        raise
 
 
 def unmerge(model: nn.Module) -> None:

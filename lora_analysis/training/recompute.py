@@ -2,14 +2,15 @@
 
 Values
 ------
-``recomputed``, ``block_lists``.
+``recomputed``, ``block_lists``, ``replaced_forwards``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +43,9 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     """
     pretrained = loaded("transformers.modeling_utils", "PreTrainedModel")
     if pretrained is not None and isinstance(model, pretrained):
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):  # left as it is
+            yield
+            return
         # transformers 5 has renamed it.
         kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
@@ -56,10 +60,24 @@ def recomputed(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__}: expected a torch.nn.ModuleList of blocks to recompute, got none. "
             "Use torch.utils.checkpoint in the model's own forward."
         )
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    with replaced_forwards(blocks, lambda block, forward: partial(checkpoint, forward, use_reentrant=False)):
+        yield
+
+
+@contextmanager
+def replaced_forwards(
+    blocks: Iterable[nn.Module], wrapped: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Each block's forward replaced by ``wrapped(block, forward)``; what was there is there again at the end."""
+    before: list[tuple[nn.Module, Any]] = []
     try:
+        for block in dict.fromkeys(blocks):  # one block may stand in a list twice
+            before.append((block, vars(block).get("forward")))
+            block.forward = wrapped(block, block.forward)
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, own in before:
+            if own is None:
+                del block.forward
+            else:  # accelerate sets one on the module itself, and so do others
+                block.forward = own

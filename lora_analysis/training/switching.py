@@ -91,7 +91,8 @@ def activate(model: nn.Module, which: str | Mapping[str, float] | None) -> None:
 def remove(model: nn.Module, adapter: str | None = None) -> list[str]:
     """Take an adapter off a model, or all of them.
 
-    A weight without adapters is the model's own again. No other adapter takes its place: call ``activate``.
+    A weight without adapters is the model's own again. No other adapter takes its place: call ``activate``. What
+    trained in full beside it stays as it is, frozen.
 
     Parameters
     ----------
@@ -115,6 +116,9 @@ def remove(model: nn.Module, adapter: str | None = None) -> list[str]:
         raise ValueError(f"expected an adapter named {adapter!r}, got {', '.join(map(repr, known))}.")
     if merged := [name for name, site in found.items() if site.merged]:
         raise ValueError(f"{merged[0]!r}: expected an unmerged layer, got a merged one. Call unmerge first.")
+    for leaving in known if adapter is None else [adapter]:
+        for parameter in trained_in_full(model, leaving).values():
+            parameter.requires_grad_(False)
     gone = []
     for name, site in found.items():
         leaving = [one for one in site.adapters if adapter in (None, one)]

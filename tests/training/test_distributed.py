@@ -92,6 +92,64 @@ def test_a_run_of_two_processes_is_taken_up_by_two(tmp_path: Path) -> None:
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 10
 
 
+def failed(tmp_path: Path, script: str) -> str:
+    """What two processes say that fail."""
+    path = tmp_path / "failing.py"
+    path.write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode != 0
+    return done.stderr
+
+
+UNEVEN = """
+import sys, torch
+from torch import nn
+from lora_analysis import training
+from lora_analysis.training.distributed import rank
+
+def loss(model, x):
+    return model(x)[0].square().mean()
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
+    def forward(self, x):
+        return self.used(x), self.unused(x)
+
+with training.process_group():
+    torch.manual_seed(0)
+    model = Model()
+    training.inject(model, TARGETS, r=2)
+    training.train(model, [torch.ones(2, 3)] * 4, loss, checkpoint=CHECKPOINT, steps=2)
+    training.train(model, [torch.ones(2, 3)] * 4, loss, checkpoint=CHECKPOINT if rank() == 0 else None)
+"""
+
+
+def test_parameters_that_the_loss_leaves_out_are_named(tmp_path: Path) -> None:
+    script = UNEVEN.replace("TARGETS", "'all-linear'").replace("CHECKPOINT", "None")
+    assert "ValueError: 'unused.adapters.default.lora_A': expected a loss that depends" in failed(tmp_path, script)
+
+
+def test_a_checkpoint_that_one_process_alone_has_is_refused(tmp_path: Path) -> None:
+    script = UNEVEN.replace("TARGETS", "['used']").replace("CHECKPOINT", repr(str(tmp_path / "state.pt")))
+    assert "ValueError: checkpoint: steps made: expected the same in every process, got [2, 0]" in failed(
+        tmp_path, script
+    )
+
+
+def test_every_process_has_its_own_device_under_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[object] = []
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", called.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", called.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with training.process_group("nccl"):
+        assert called == [3, "nccl"]
+
+
 class Pair(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor

@@ -209,3 +209,15 @@ def test_what_does_not_fit_is_refused_and_the_model_left_alone(
 def test_a_model_takes_no_other_adapter_of_a_name_it_has() -> None:
     with pytest.raises(ValueError, match="'0': expected a model without an adapter named 'default'"):
         training.attach(trained_model(), Adapter({"0": update()}))
+
+
+def test_two_modules_that_share_a_weight_take_an_update_each() -> None:
+    def tied() -> nn.ModuleDict:
+        model = nn.ModuleDict({"tokens": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+        model["head"].weight = model["tokens"].weight
+        return model
+
+    model = tied()
+    training.inject(model, ["tokens", "head"], r=2)
+    again = tied()
+    assert sorted(training.attach(again, training.extract(model))) == ["head", "tokens"]

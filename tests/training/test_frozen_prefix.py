@@ -116,6 +116,183 @@ def test_a_first_block_that_trains_leaves_nothing_to_keep() -> None:
     assert (prefix.blocks, prefix.hits, prefix.misses) == (0, 0, 0)
 
 
+class Stack(nn.Module):
+    """Blocks one after the other, with a residual outside them or not."""
+
+    def __init__(self, residual: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4))
+        self.residual = residual
+
+    def forward(self, x: Tensor, shift: Any = None, **more: Tensor) -> Tensor:
+        if shift is not None:
+            x = x + (shift["all"].sum() if isinstance(shift, dict) else shift)
+        for name, value in more.items():
+            x = x + value if name == "plus" else x - value
+        for block in self.blocks:
+            x = x + block(x) if self.residual else block(x)
+        return x
+
+
+class Wrapped(nn.Module):
+    """A model that calls its stack once for each input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Stack()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return torch.cat([self.stack(x) for x in inputs])
+
+
+class Cumulative(nn.Module):
+    """A block whose rows depend on those before them, as where the batch is not the first axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.linear(x).cumsum(0)
+        return found
+
+
+X = torch.linspace(-1, 1, 24).reshape(4, 6).sin()
+MARKED = torch.zeros(4, 2000).index_fill(1, torch.tensor([1000]), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda model: model(X, torch.tensor(0.0)), lambda model: model(X, torch.tensor(1.0))),
+        (lambda model: model(X, plus=X), lambda model: model(X, minus=X)),
+        (lambda model: model(X, {"all": 0 * MARKED}), lambda model: model(X, {"all": MARKED})),
+    ],
+    ids=["scalar", "name", "nested"],
+)
+def test_calls_that_differ_in_any_argument_are_told_apart(one: Any, other: Any) -> None:
+    model = Stack()
+    training.inject(model, ["blocks.3.0"], r=2)
+    expected = [call(model) for call in (one, one, one, other)]
+    with frozen_prefix(model):
+        found = [call(model) for call in (one, one, one, other)]
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_part_of_the_model_that_is_called_by_itself_computes() -> None:
+    model = Wrapped()
+    training.inject(model, ["blocks.3.0"], r=2)
+    expected = model.stack(2 * X)
+    with frozen_prefix(model) as prefix:
+        for _ in range(3):
+            model(X)
+        assert prefix.hits == 1
+        assert torch.equal(model.stack(2 * X), expected)
+
+
+def test_a_model_that_runs_its_blocks_twice_is_refused() -> None:
+    model = Wrapped()
+    training.inject(model, ["blocks.3.0"], r=2)
+    with (
+        frozen_prefix(model),
+        pytest.raises(ValueError, match="cache_frozen: expected the model to run its blocks once"),
+    ):
+        model(X, 2 * X)
+
+
+def test_a_residual_outside_the_blocks_is_noticed() -> None:
+    model = Stack(residual=True)
+    training.inject(model, ["blocks.3.0"], r=2)
+    with (
+        frozen_prefix(model),
+        pytest.raises(ValueError, match="cache_frozen: expected blocks whose output is the next"),
+    ):
+        model(X)
+
+
+def test_rows_that_depend_on_each_other_are_noticed() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(Cumulative() for _ in range(3))
+    model.forward = lambda x: model.layers[2](model.layers[1](model.layers[0](x)))
+    training.inject(model, ["layers.2.linear"], r=2)
+    with frozen_prefix(model) as prefix:
+        for _ in range(3):
+            model(X)
+        assert prefix.hits == 1
+        with pytest.raises(ValueError, match="do the rows of a batch depend on each other"):
+            model(X.flip(0))
+
+
+def test_dropout_is_noticed_though_evaluation_has_none() -> None:
+    model = bert(dropout=0.5)
+    training.inject(model, r".*\.[3]\..*query", r=2)
+    first, second = shuffled(1)[:2]
+    with frozen_prefix(model):
+        loss(model.train(), first)
+        for _ in range(2):
+            loss(model.eval(), second)
+        with pytest.raises(ValueError, match="cache_frozen: expected the frozen blocks to give the same twice"):
+            loss(model.train(), first)
+
+
+def test_hidden_states_below_are_not_taken_for_real() -> None:
+    model = bert()
+    training.inject(model, r".*\.[3]\..*query", r=2)
+    with frozen_prefix(model):
+        for _ in range(3):
+            states = model(**shuffled()[0], output_hidden_states=True).hidden_states
+    assert states[1].isnan().all()
+    assert states[3].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values")  # renamed in transformers 5
+def test_a_cache_of_keys_and_values_is_filled() -> None:
+    model = gpt2()
+    training.inject(model, r"h\.[3]\..*c_attn", r=2)
+    first, second = (batch["input_ids"][:, :5] for batch in shuffled()[:2])
+
+    def continued(start: Tensor) -> Tensor:
+        found: Tensor = model(second, past_key_values=model(start).past_key_values).last_hidden_state
+        return found
+
+    expected = [continued(start) for start in (first, first, first, second)]
+    with frozen_prefix(model):
+        found = [continued(start) for start in (first, first, first, second)]
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_recomputing_and_keeping_go_together_and_leave_the_forwards_of_others() -> None:
+    model, losses = Stack(), []
+    training.inject(model, ["blocks.3.0"], r=2)
+    own = model.blocks[0].forward
+    model.blocks[0].forward = lambda x: own(x)  # as accelerate does
+    hooked = model.blocks[0].forward
+    losses = training.train(
+        model, [X] * 4, lambda model, x: model(x).square().mean(), recompute=True, cache_frozen=True
+    )
+    assert losses[3] < losses[0]
+    assert model.blocks[0].forward is hooked
+    assert not any("forward" in vars(block) for block in model.blocks[1:])
+
+
+def test_a_block_that_stands_in_a_list_twice_is_recomputed() -> None:
+    block = nn.Sequential(nn.Linear(6, 6))
+    model = Stack()
+    model.blocks = nn.ModuleList([block, block])
+    training.inject(model, "all-linear", r=2)
+    assert len(training.train(model, [X] * 2, lambda model, x: model(x).square().mean(), recompute=True)) == 2
+
+
+def test_checkpointing_that_was_on_stays_on() -> None:
+    model = bert()
+    training.inject(model, "all-linear", r=2)
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # of transformers 5 and 4
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    training.train(model, shuffled(1), loss, recompute=True)
+    assert model.encoder.layer[0].gradient_checkpointing
+
+
 def test_recomputing_changes_no_loss() -> None:
     class Stack(nn.Module):
         def __init__(self) -> None:

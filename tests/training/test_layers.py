@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_analysis import training
 from lora_analysis.errors import UndefinedUpdateError
-from lora_analysis.training import LoraFactors, LoraLayer
+from lora_analysis.training import LoraFactors, LoraLayer, merging
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 DOUBLE = {"rtol": 1e-12, "atol": 1e-12}  # sums of tens of float64 terms of order one
@@ -236,3 +236,33 @@ def test_a_model_without_lora_layers_is_not_merged() -> None:
         training.merge(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="expected a model with LoRA layers, got none"):
         training.unmerge(nn.Linear(2, 2))
+
+
+def test_a_forward_set_on_the_layer_itself_is_called() -> None:
+    base = nn.Linear(3, 2)
+    own = base.forward
+    base.forward = lambda x: 10 * own(x)  # type: ignore[method-assign]
+    expected = base(torch.ones(3))
+    model = nn.Sequential(base)
+    training.inject(model, ["0"], r=1)
+    assert torch.equal(model(torch.ones(3)), expected)
+
+
+def test_a_merge_that_is_interrupted_leaves_every_layer_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    done: list[object] = []
+
+    def interrupted(*given: object) -> bool:
+        done.append(given)
+        if len(done) == 2:
+            raise MemoryError
+        return written(*given)  # type: ignore[arg-type]
+
+    written = merging._write_merged
+    monkeypatch.setattr(merging, "_write_merged", interrupted)
+    with pytest.raises(MemoryError):
+        training.merge(model)
+    monkeypatch.undo()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    training.merge(model)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -276,3 +278,40 @@ def test_b_learns_faster_by_the_ratio_of_lora_plus() -> None:
         optimizer.zero_grad()
     for ours, theirs in zip(model.parameters(), peer.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_left_by_others_are_not_trained_on_nor_left() -> None:
+    plain, used = adapted_model(), adapted_model()
+    (1e3 * squared_error(used, batches(1)[0])).backward()
+    assert training.train(used, batches(3), squared_error) == training.train(plain, batches(3), squared_error)
+
+    def failing(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        squared_error(model, batch).backward()
+        raise KeyError("batch")
+
+    with pytest.raises(KeyError, match="batch"):
+        training.train(used, batches(1), failing)
+    assert all(p.grad is None for p in used.parameters())
+
+
+def test_gradients_that_are_not_finite_stop_before_their_step() -> None:
+    model = adapted_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match="step 1: expected a finite norm of the gradients, got nan"):
+        training.train(model, batches(1), lambda model, batch: (0 * model(batch[0]).sum()).sqrt())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_stream_that_knows_no_length_is_used_up() -> None:
+    class Stream(torch.utils.data.IterableDataset[Tensor]):
+        def __iter__(self) -> Any:
+            return iter(batches(3))
+
+    loader: Any = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    assert len(training.train(adapted_model(), loader, squared_error)) == 3
+
+
+def test_tokens_may_be_counted_by_a_tensor(tmp_path: Path) -> None:
+    count: Any = lambda batch: torch.tensor(len(batch[0]))  # noqa: E731
+    training.train(adapted_model(), batches(1), squared_error, tokens=count, log=tmp_path / "log.jsonl")
+    assert json.loads((tmp_path / "log.jsonl").read_text())["tokens"] == len(batches(1)[0][0])

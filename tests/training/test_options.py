@@ -428,3 +428,24 @@ def test_principal_factors_are_the_best_approximation() -> None:
     torch.testing.assert_close(torch.linalg.matrix_norm(matrix - 0.5 * B @ A), S[2:].norm(), **CLOSE)
     torch.testing.assert_close(torch.linalg.svdvals(A), (S[:2] / 0.5).sqrt(), **CLOSE)
     torch.testing.assert_close(torch.linalg.svdvals(B), (S[:2] / 0.5).sqrt(), **CLOSE)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal"])
+def test_the_draw_is_the_same_whatever_the_defaults(init: Any) -> None:
+    expected = initial_factors(5, 8, r=2, module="query", seed=0, init=init)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = initial_factors(5, 8, r=2, module="query", seed=0, init=init)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_dora_refuses_a_row_without_a_norm() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    with torch.no_grad():
+        model[0].weight[1] = 0
+    with pytest.raises(ValueError, match=r"'0': dora= divides by the norm of every row .* and row 1 is zero"):
+        training.inject(model, ["0"], dora=True)
+    assert type(model[0]) is nn.Linear

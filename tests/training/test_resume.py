@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lora_analysis import training
 from lora_analysis.errors import AdapterFormatError
+from lora_analysis.training.resume import RunState, set_random_state
 
 STEPS = 12
 
@@ -136,6 +139,60 @@ def test_checkpoints_of_another_model_and_other_files_are_refused(tmp_path: Path
     torch.save({"a": torch.ones(2)}, path)
     with pytest.raises(AdapterFormatError, match="expected a checkpoint of a training run, got something else"):
         training.train(model_of(), data(), squared_error, checkpoint=path)
+
+
+def test_other_processes_and_devices_than_a_checkpoints_leave_their_random_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: devices.append(device))
+    set_random_state(RunState(1, [], 0, [{"cpu": torch.get_rng_state(), "cuda": [torch.ones(1), torch.ones(1)]}]))
+    assert devices == [0]
+    set_random_state(RunState(1, [], 0, []))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_batches_that_draw_random_numbers_do_not_disturb_a_run_taken_up(tmp_path: Path, shuffle: bool) -> None:
+    def run(**options: Any) -> list[float]:
+        model = model_of()
+        torch.manual_seed(5)
+        loader = DataLoader(TensorDataset(*(torch.cat(part) for part in zip(*data(), strict=True))), 16, shuffle)
+        return training.train(model, loader, squared_error, **options)
+
+    run(steps=5, checkpoint=tmp_path / "s.pt")
+    assert run(checkpoint=tmp_path / "s.pt") == run()
+
+
+def test_running_statistics_of_what_trains_are_taken_up(tmp_path: Path) -> None:
+    def normalised() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+        training.inject(model, ["0"], r=2, modules_to_save=["1"])
+        return model
+
+    whole, again = normalised(), normalised()
+    training.train(whole, data(), squared_error)
+    training.train(normalised(), data(), squared_error, steps=5, checkpoint=tmp_path / "s.pt")
+    training.train(again, data(), squared_error, checkpoint=tmp_path / "s.pt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), again.buffers(), strict=True))
+
+
+def test_numbers_of_numpy_can_be_read_back(tmp_path: Path) -> None:
+    rate = np.float64(1e-3)
+    training.train(model_of(), data(), squared_error, lr=rate, steps=2, checkpoint=tmp_path / "s.pt")
+    assert len(training.train(model_of(), data(), squared_error, lr=rate, checkpoint=tmp_path / "s.pt")) == STEPS
+
+
+def test_an_adapter_at_rest_is_not_part_of_a_checkpoint(tmp_path: Path) -> None:
+    model = model_of()
+    training.inject(model, ["0"], r=2, adapter="second")
+    training.train(model, data(), squared_error, steps=2, checkpoint=tmp_path / "s.pt")
+    alone = model_of()
+    training.remove(alone)
+    training.inject(alone, ["0"], r=2, adapter="second")
+    assert len(training.train(alone, data(), squared_error, checkpoint=tmp_path / "s.pt")) == STEPS
 
 
 SCRIPT = """

@@ -296,3 +296,11 @@ def test_what_cannot_be_switched_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"expected an unmerged layer, got a merged one. Call unmerge first"):
             act()
+
+
+def test_what_trained_in_full_is_frozen_when_its_adapter_is_removed() -> None:
+    model = nn.ModuleDict({"query": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    training.inject(model, ["query"], bias="lora_only", modules_to_save=["head"])
+    assert model["head"].weight.requires_grad
+    training.remove(model)
+    assert not any(p.requires_grad for p in model.parameters())
