@@ -46,9 +46,9 @@ def ablate(
     """
     changes: dict[str, Any] = {}
     if targets:
-        changes["target_sets"] = tuple(target_set(part.strip()) for part in targets.split(","))
+        changes["target_sets"] = tuple(dict.fromkeys(target_set(part.strip()) for part in targets.split(",")))
     if ranks:
-        changes["ranks"] = tuple(_positive(part) for part in ranks.split(","))
+        changes["ranks"] = tuple(dict.fromkeys(_positive(part) for part in ranks.split(",")))
     if seeds is not None:
         changes["seeds"] = tuple(range(seeds))
     plan = chosen_plan(setting, model, task or [], quick, changes, steps=steps, lr=lr)

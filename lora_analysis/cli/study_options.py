@@ -31,7 +31,13 @@ def chosen_plan(
     lr: float | None,
 ) -> Plan:
     """The plan that the options name, with what they change of it."""
-    files: dict[str, dict[str, Any]] = {path.stem: {"file": str(path.absolute())} for path in tasks}
+    files: dict[str, dict[str, Any]] = {}
+    for path in tasks:
+        if path.stem in files or (path.stem == "docstrings" and model is None):
+            raise typer.BadParameter(f"expected files of different names, got {path.stem!r} twice", param_hint="--task")
+        files[path.stem] = {"file": str(path.absolute())}
+    if model is not None and Path(model).is_dir():  # gone on with from anywhere
+        model = str(Path(model).absolute())
     if setting == "minilm" and model is None:
         plan = minilm_plan(other_tasks=files, quick=quick, **changes)
     elif setting == "minilm" and files:
@@ -58,5 +64,7 @@ def chosen_plan(
 
 
 def target_set(text: str) -> tuple[str, ...]:
-    """``qv`` is q and v; ``fc1+fc2`` are modules of those names."""
-    return tuple(text) if text and set(text) <= set("qkvo") else tuple(text.split("+"))
+    """``qv`` or ``vq`` is q and v; ``fc1+fc2`` are modules of those names."""
+    if text and set(text) <= set("qkvo"):
+        return tuple(letter for letter in "qkvo" if letter in text)
+    return tuple(dict.fromkeys(text.split("+")))

@@ -31,7 +31,7 @@ def train(
     """Train one adapter on a task, and save it as PEFT reads it.
 
     Beside it: the factors it began with, the log, how training went inside, and what it reaches. Under torchrun every
-    process takes its part of each batch: torchrun --nproc-per-node 2 -m lora_analysis train OUT.
+    process takes its part of each batch: torchrun --nproc-per-node 2 -m -- lora_analysis train OUT.
 
     Example: lora-analysis train runs/r8 --r 8 --targets qv
     """

@@ -29,6 +29,7 @@ from lora_analysis.study.evidence import open_study
 from lora_analysis.study.execution import write_json
 from lora_analysis.study.paper import write_paper
 from lora_analysis.study.plan import Plan
+from lora_analysis.study.setting import ITEMS
 from lora_analysis.study.subspace_evidence import subspace_tables
 from lora_analysis.tables import write_table
 
@@ -134,10 +135,13 @@ def claims_text(claims: Sequence[Claim], plan: Plan) -> list[str]:
         if plan.recipe.scaling == "rslora"
         else "LoRA's scale, alpha / r, with a learning rate tuned at each rank"
     )
+    trained = sum(run.method != "frozen" for run in plan.runs())
     lines = textwrap.wrap(
-        f"{len(claims)} claims of the LoRA paper on {plan.task!r}: {summary}. {len(plan.runs())} runs of "
-        f"{plan.recipe.steps} steps, {len(plan.seeds)} seeds; {scale}. This tests the claims in kind at this size, "
-        "and reproduces no number of GPT-3.",
+        f"{len(claims)} claims of the LoRA paper on {plan.task!r}: {summary}. {trained} training runs of "
+        f"{plan.recipe.steps} steps, {len(plan.seeds)} seeds; {scale}. {ITEMS.get(plan.setting.get('kind', ''), '')} "
+        f"Each claim is judged at its own level of {100 * (1 - plan.margins.confidence):g} %; p_holm in claims.csv "
+        "corrects for there being several. This tests the claims in kind at this size, and reproduces no number of "
+        "GPT-3.",
         _WIDTH,
     )
     for claim in claims:

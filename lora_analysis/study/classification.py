@@ -10,6 +10,8 @@ Values
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,12 +158,16 @@ def open_classification(
     means = {}
     sentence_model = load(model)
     for name, task in opened.items():
-        kept = folder / f"classifier-{name}-{task.digest[:12]}-{max_length}.safetensors"
+        # Of another model than MiniLM the name says which: two may be of one width.
+        of_model = "" if model == "minilm" else f"-{hashlib.sha256(model.encode()).hexdigest()[:12]}"
+        kept = folder / f"classifier-{name}-{task.digest[:12]}-{max_length}{of_model}.safetensors"
         if not kept.exists():
             known = minilm.embeddings(sentence_model, task.train_texts, max_length=max_length)
             made = minilm.class_means(known, task.train_labels, len(task.classes))
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({"means": made}, kept)
+            scratch = kept.with_name(f".{kept.name}.{os.getpid()}")
+            save_file({"means": made}, scratch)
+            scratch.replace(kept)
         means[name] = load_file(kept)["means"]
     return Classification(model, opened, means, max_length)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lora_analysis.errors import BaseWeightsError
 from lora_analysis.study.decoder import initial_decoder, pretrained_decoder
-from lora_analysis.study.encoder import encoder_weights
+from lora_analysis.study.encoder import encoder_weights, without_dropout
 from lora_analysis.study.generation import (
     IGNORED,
     ByteCodec,
@@ -218,10 +218,7 @@ def _causal_model(source: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(source)
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"):
-            if hasattr(config, name):
-                setattr(config, name, 0.0)
+        config = without_dropout(AutoConfig.from_pretrained(source))
         model: nn.Module = AutoModelForCausalLM.from_pretrained(source, config=config)
     except (OSError, ValueError) as error:
         raise BaseWeightsError(f"{source}: expected a causal transformers model, got: {error}") from error

@@ -2,12 +2,13 @@
 
 Values
 ------
-``load_encoder``, ``encoder_weights``.
+``load_encoder``, ``without_dropout``, ``encoder_weights``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -41,10 +42,7 @@ def load_encoder(source: str) -> SentenceModel:
             f"{source}: expected transformers, found none. Install it with pip install 'lora-analysis[study]'."
         ) from error
     try:
-        config = AutoConfig.from_pretrained(source)
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-            if hasattr(config, name):
-                setattr(config, name, 0.0)
+        config = without_dropout(AutoConfig.from_pretrained(source))
         model: nn.Module = AutoModel.from_pretrained(source, config=config)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -55,6 +53,17 @@ def load_encoder(source: str) -> SentenceModel:
     backend.no_truncation()
     backend.no_padding()
     return SentenceModel(model.requires_grad_(False).eval(), backend)
+
+
+def without_dropout(config: Any) -> Any:
+    """A transformers configuration with no dropout of any name, in place: it would draw from the global random state.
+
+    Models call it ``hidden_dropout_prob``, ``resid_pdrop``, ``dropout``, ``dropout_rate``, ``layerdrop`` and more.
+    """
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
 
 
 def encoder_weights(source: str) -> Path:

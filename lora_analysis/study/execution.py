@@ -68,10 +68,13 @@ def execute_plan(
     _keep(directory / "plan.json", plan.to_json(), "another plan")
     say("preparing model and tasks")
     setting = open_setting(plan.setting, folder=directory)
-    _keep(directory / "tasks.json", {"tasks": setting.record(), "base_sha256": _digest(setting.base)}, "other texts")
+    tasks = setting.record()
+    _keep(directory / "tasks.json", {"tasks": tasks, "base_sha256": _digest(setting.base)}, "other texts")
     # Where the weights are may change from machine to machine; what they are may not.
-    write_json(directory / "base.json", {"path": str(setting.base)})
-    runs = plan.runs()
+    write_json(directory / "base.json", {"path": str(setting.base.absolute())})
+    runs = [run for run in plan.runs() if run.size is None or run.size <= tasks[run.task]["train_items"]]
+    if len(runs) < len(plan.runs()):
+        say(f"{len(plan.runs()) - len(runs)} runs are left out: there are fewer training items than they ask for")
     left = [run for run in runs if not (directory / "runs" / run.name / "run.json").exists()]
     say(f"{len(runs)} runs, {len(runs) - len(left)} of them done; {len(left)} left in {processes} processes")
     done = len(runs) - len(left)
@@ -250,6 +253,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _digest(path: Path) -> str:
     """The sha256 of a file, or of all weight files of a directory."""
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    if not files:
+        raise LoraAnalysisError(f"{path}: expected weights, .safetensors or .bin, got none.")
+    for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -22,6 +22,7 @@ from lora_analysis.study.evidence import Study
 from lora_analysis.study.paper_runs import Side, Unavailable
 from lora_analysis.study.paper_text import WIDTH, table_text
 from lora_analysis.study.printed import GPT_2, GPT_3
+from lora_analysis.study.setting import ITEMS
 from lora_analysis.tables import write_table
 
 TABLES: dict[str, tuple[str, str, Callable[[Study], pd.DataFrame]]] = {
@@ -131,9 +132,10 @@ def _preface(study: Study) -> str:
     """What the numbers are of."""
     frozen = study.find(task=study.plan.task, method="frozen")
     record = study.record(frozen[0]) if frozen else None
+    items = ITEMS.get(study.plan.setting.get("kind", ""), "")
     lines = [
         f"Task {study.plan.task}, weights {study.base_path.name}, {len(study.runs)} of {len(study.plan.runs())} runs.",
-        "loss: mean held-out loss in nats; its gain is the frozen model's minus the run's.",
+        f"loss: mean held-out loss in nats; its gain is the frozen model's minus the run's. {items}".rstrip(),
         "acc.: share of held-out items that are right, in %; its gain in points is over the frozen model.",
         "A mean is over the seeds; beside it is what each seed gave, '-' where a run has not finished. Columns under "
         "'paper' are the paper's, of another model and other tasks.",

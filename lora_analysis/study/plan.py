@@ -210,6 +210,16 @@ class Plan:
     def __post_init__(self) -> None:
         if not (self.target_sets and self.ranks and self.seeds):
             raise ValueError("expected at least one target set, one rank and one seed.")
+        for name in ("target_sets", "ranks", "seeds", "sizes"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: expected each once, got {values}.")
+        for name in ("grid_tasks", "other_tasks"):
+            values = (self.task, *getattr(self, name))
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: expected each once and other tasks than {self.task!r}, got {values[1:]}.")
+        if self.recipe.scaling in self.scalings or len(set(self.scalings)) < len(self.scalings):
+            raise ValueError(f"scalings: expected each once, beside {self.recipe.scaling!r}, got {self.scalings}.")
         if self.crossing not in get_args(Crossing):
             raise ValueError(f"crossing: expected one of {get_args(Crossing)}, got {self.crossing!r}.")
 

@@ -33,6 +33,14 @@ class Outcomes(NamedTuple):
     metrics: Mapping[str, float] = MappingProxyType({})
 
 
+ITEMS: Mapping[str, str] = {
+    "classification": "An item is a text, its loss the cross-entropy of its label.",
+    "language": "An item is a block of bytes, its loss the mean cross-entropy of its bytes: nats per byte.",
+    "generation": "An item is a text, its loss the mean cross-entropy of its tokens: nats per token.",
+}
+"""What held-out items and their losses are, by kind of setting."""
+
+
 class Setting(Protocol):
     """A pretrained model with tasks. Picklable: runs open their own model in processes of their own."""
 

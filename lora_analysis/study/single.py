@@ -7,11 +7,16 @@ Values
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lora_analysis.checkpoint import read_json
+from lora_analysis.errors import LoraAnalysisError
 from lora_analysis.study.execution import environment, save_run_adapter, summary, write_json
 from lora_analysis.study.plan import Plan, Run
 from lora_analysis.study.projections import placement
@@ -39,7 +44,7 @@ def train_one(
     run : Run
     directory : Path
         Gets the adapter in PEFT's format, ``initial.safetensors``, ``log.jsonl``, ``dynamics.jsonl``, ``run.json``
-        and ``state.pt``, from which an interrupted run goes on.
+        and ``state.pt``, from which an interrupted run goes on, with ``settings.json``, of which it has to be.
     alpha : float, optional
         The recipe's by default.
     init : str
@@ -51,10 +56,17 @@ def train_one(
     -------
     list of str
         What it came to; nothing in all but the first process.
+
+    Raises
+    ------
+    LoraAnalysisError
+        If the directory is that of a run with other settings.
     """
     recipe = plan.recipe if alpha is None else replace(plan.recipe, alpha=alpha)
     with process_group():
         if rank() == 0:  # what takes long to prepare is kept in the directory: once is enough
+            settings = {"setting": plan.setting, "run": asdict(run), "recipe": asdict(recipe)}
+            _require_same(directory, {**settings, "init": init, "dora": dora})
             open_setting(plan.setting, folder=directory)
         if world_size() > 1:
             torch.distributed.barrier()
@@ -116,3 +128,21 @@ def train_one(
         f"{summary(record)}; the frozen model has loss {before:.4f}, so the gain is {gain:+.4f} nats",
         f"adapter, log and training dynamics are in {directory}/",
     ]
+
+
+def _require_same(directory: Path, settings: Mapping[str, Any]) -> None:
+    """See that a directory is new or that of a run with these settings, whose state knows only a part of them."""
+    path = directory / "settings.json"
+    if not path.exists():
+        if (directory / "state.pt").exists():
+            raise LoraAnalysisError(f"{directory}: expected settings.json beside state.pt, got none. Use another one.")
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+        return
+    known, wanted = read_json(path), json.loads(json.dumps(settings))
+    for name in wanted:
+        if known.get(name) != wanted[name]:
+            raise LoraAnalysisError(
+                f"{path}: expected the {name} that this run was begun with, {known.get(name)}, got {wanted[name]}. "
+                "Use another directory."
+            )

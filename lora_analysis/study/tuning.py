@@ -80,7 +80,9 @@ def tuned_recipe(
     -------
     Recipe
     """
-    ranks = plan.ranks if plan.recipe.scaling == "lora" else (_middle(plan.ranks),)
+    # Of every rank there is, that of a budget too.
+    own = sorted({run.r for run in plan.runs() if run.method == "lora"})
+    ranks = own if plan.recipe.scaling == "lora" else [_middle(plan.ranks)]
     keys: dict[str, Run] = {
         "lora" if plan.recipe.scaling == "rslora" else f"lora-r{r}": Run(plan.task, "lora", plan.main, r, SEED, SEED)
         for r in ranks

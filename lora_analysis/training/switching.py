@@ -116,8 +116,8 @@ def remove(model: nn.Module, adapter: str | None = None) -> list[str]:
         raise ValueError(f"expected an adapter named {adapter!r}, got {', '.join(map(repr, known))}.")
     if merged := [name for name, site in found.items() if site.merged]:
         raise ValueError(f"{merged[0]!r}: expected an unmerged layer, got a merged one. Call unmerge first.")
-    for leaving in known if adapter is None else [adapter]:
-        for parameter in trained_in_full(model, leaving).values():
+    for departing in known if adapter is None else [adapter]:
+        for parameter in trained_in_full(model, departing).values():
             parameter.requires_grad_(False)
     gone = []
     for name, site in found.items():

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from lora_analysis.cli.study_options import chosen_plan
 from lora_analysis.study.minilm import minilm_path
 
 
@@ -44,6 +46,26 @@ def test_wrong_usage_is_told_in_a_line(tmp_path: Path, options: list[str], messa
     done = ablate(str(tmp_path / "study"), "--plan-only", *options)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_targets_and_ranks_are_taken_once_and_in_the_papers_order(tmp_path: Path) -> None:
+    once = ablate(str(tmp_path), "--plan-only", "--ranks", "1,4", "--targets", "q,qv", "--quick")
+    twice = ablate(str(tmp_path), "--plan-only", "--ranks", "1,4,4", "--targets", "q,vq,qv,qq", "--quick")
+    assert twice.returncode == 0, twice.stderr[-500:]
+    assert once.stdout == twice.stdout
+
+
+def test_paths_are_absolute_and_files_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    plan = chosen_plan("minilm", "model", [Path("a/one.csv"), Path("two.csv")], True, {}, steps=None, lr=None)
+    assert plan.setting["model"] == str(tmp_path / "model")
+    assert plan.setting["tasks"]["one"]["file"] == str(tmp_path / "a" / "one.csv")
+    hub = chosen_plan("minilm", "someone/model", [Path("one.csv")], True, {}, steps=None, lr=None)
+    assert hub.setting["model"] == "someone/model"
+    for paths in ([Path("a/one.csv"), Path("b/one.csv")], [Path("docstrings.csv")]):
+        with pytest.raises(typer.BadParameter, match="expected files of different names"):
+            chosen_plan("minilm", None, paths, True, {}, steps=None, lr=None)
 
 
 def test_what_is_printed_is_the_claims(quick_study: Path) -> None:

@@ -23,7 +23,8 @@ def test_one_process_and_two_give_the_same_adapter(tmp_path: Path, small_decoder
     one, two = tmp_path / "one", tmp_path / "two"
     single = run("lora_analysis", "train", str(one), *OPTIONS)
     assert single.returncode == 0, single.stderr[-2000:]
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    # Without the --, the launcher's parser takes --r for the beginning of an option of its own.
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
     double = run(*launcher, "lora_analysis", "train", str(two), *OPTIONS)
     assert double.returncode == 0, double.stderr[-2000:]
     records = [json.loads((folder / "run.json").read_text()) for folder in (one, two)]
@@ -38,6 +39,12 @@ def test_one_process_and_two_give_the_same_adapter(tmp_path: Path, small_decoder
     assert {row["step"] for row in read_dynamics(one / "dynamics.jsonl")} == set(range(9))
     # Called again, a finished run trains nothing and says the same.
     assert run("lora_analysis", "train", str(one), *OPTIONS).stdout == single.stdout
+    # A run of other settings is not what is there: of these the state itself knows nothing.
+    for other in (["--seed", "1"], ["--alpha", "60"], ["--init", "gaussian"]):
+        refused = run("lora_analysis", "train", str(one), *OPTIONS, *other)
+        assert refused.returncode == 1
+        assert "that this run was begun with" in " ".join(refused.stderr.split())
+    assert json.loads((one / "run.json").read_text()) == records[0]
 
 
 def test_wrong_usage_is_told_in_a_line(tmp_path: Path) -> None:

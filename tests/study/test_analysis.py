@@ -83,6 +83,9 @@ def test_the_claims_come_as_a_table_and_as_text() -> None:
     lines = claims_text(claims, minilm_plan())
     assert "2 claims of the LoRA paper on 'docstrings': 1 reproduced, 1 not attempted." in " ".join(lines)
     assert "rsLoRA's scale" in " ".join(lines)
+    trained = [run for run in minilm_plan().runs() if run.method != "frozen"]
+    assert f"{len(trained)} training runs of 100 steps" in " ".join(lines)
+    assert "its loss the cross-entropy of its label. Each claim is judged at its own level of 5 %" in " ".join(lines)
     assert max(map(len, lines)) <= 80
 
 

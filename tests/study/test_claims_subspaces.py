@@ -366,6 +366,43 @@ def test_missing_runs_are_named_and_claims_never_dropped():
     assert found["C7"].verdict == "reproduced"
 
 
+def test_ranks_of_one_seed_are_one_replication():
+    later = {run.name for run in ALONE.runs() if run.init_seed or run.data_seed}
+    claims = Planted(5, aligned(0.8), plan=ALONE, missing=later).claims()
+    for identifier in ("C9", "C10", "C11b"):
+        assert claims[identifier].verdict == "consistent_underpowered", claims[identifier]
+        assert claims[identifier].runs == len(ALONE.ranks)
+
+
+def test_all_layers_need_two_pairs_of_seeds_and_draws_enough():
+    study = Planted(1, lambda run, module, g: fixed(of_module(module)), plan=replace(ALONE, seeds=(0, 1)))
+    found = {claim.id: claim for claim in subspace_claims(subspace_tables(study, NULLS), study.plan)}
+    assert found["C8"].verdict == found["C6"].verdict == "consistent_underpowered"
+    few = {claim.id: claim for claim in subspace_claims(subspace_tables(study, Nulls(draws=99)), study.plan)}
+    assert few["C8"].verdict == few["C6"].verdict == "not_testable_at_this_scale"
+
+
+def test_calibration_says_no_score_where_rank_one_has_none():
+    claim = Planted(1, plan=replace(ALONE, ranks=(1,))).claims()["C7"]
+    assert claim.verdict == "not_testable_at_this_scale"
+    assert claim.estimate is None
+    assert "no standard scores" in claim.why
+
+
+def test_what_is_printed_of_an_interval_is_what_it_is():
+    shared = Planted(1, lambda run, module, g: fixed(of_module(module)), plan=replace(ALONE, seeds=(0, 1, 2, 3, 4)))
+    claims = shared.claims()
+    assert "95 % interval of the median over 10 pairs of runs" in claims["C6"].why
+    assert "range over 5 pairs of runs" in claims["C4"].why
+    assert "if modules are independent; were they not, 5 seeds agree by chance in 0.031" in claims["C12"].why
+
+
+def test_both_sides_of_a_module_are_one_sign():
+    claims = Planted(10, aligned(0.42, among=(0, 5))).claims()
+    assert f"sign tests of 3 seeds over {len(MODULES)} modules" in claims["C13"].why
+    assert "3 tasks (main, second, third)" in claims["C17"].why
+
+
 def test_a_sound_tool_is_calibrated_whatever_the_draw():
     names = {run.name for run in PLAN.runs()}
     alone = Planted(0, missing=names - {"main-q-v-r8-init0-data0"})

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import lora_analysis as la
 from lora_analysis import training
 from lora_analysis.errors import LoraAnalysisError
+from lora_analysis.study import execution
 from lora_analysis.study.evidence import Study, open_study
 from lora_analysis.study.execution import execute, execute_plan
 from lora_analysis.study.plan import Plan, Run
@@ -134,6 +135,34 @@ def test_a_study_that_is_killed_goes_on_without_repeating_what_is_done(
     assert f"{len(plan.runs())} runs, {len(done)} of them done" in again.stderr
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in done.items())
     assert len(list(out.glob("runs/*/run.json"))) == len(plan.runs())
+
+
+def test_runs_on_more_items_than_there_are_are_left_out(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be called runs on so many items, and be runs on all."""
+    items = study.tasks["tasks"]["near"]["train_items"]
+    plan = replace(study.plan, sizes=(100, items + 1))
+    executed: list[Run] = []
+
+    def execute_runs(runs: list[Run], *_: object, **__: object) -> list[dict[str, object]]:
+        executed.extend(runs)
+        return []
+
+    monkeypatch.setattr(execution, "execute_runs", execute_runs)
+    said: list[str] = []
+    execute_plan(plan, tmp_path / "study", processes=1, say=said.append)
+    assert {run.size for run in executed} == {None, 100}
+    assert any("4 runs are left out" in text for text in said)
+
+
+def test_the_digest_is_that_of_weights(tmp_path: Path) -> None:
+    with pytest.raises(LoraAnalysisError, match=r"expected weights, .safetensors or .bin, got none"):
+        execution._digest(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"one")
+    one = execution._digest(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"two")
+    assert execution._digest(tmp_path) != one
 
 
 def test_directories_that_are_no_study_are_refused(tmp_path: Path) -> None:

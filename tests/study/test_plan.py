@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,21 @@ def test_runs_that_make_no_sense_are_refused(options: dict[str, object], message
         Recipe(1, 1, {}, 1.0, scaling="none")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one step"):
         Recipe(0, 1, {}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranks": (1, 8, 8)}, "ranks: expected each once"),
+        ({"seeds": (0, 0)}, "seeds: expected each once"),
+        ({"target_sets": (("q",), ("q",))}, "target_sets: expected each once"),
+        ({"other_tasks": ("docstrings",)}, "other_tasks: expected each once and other tasks than 'docstrings'"),
+        ({"scalings": ("rslora",)}, "scalings: expected each once, beside 'rslora'"),
+    ],
+)
+def test_what_would_be_counted_twice_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(minilm_plan(), **changes)
 
 
 def test_projections_are_found_in_models_of_other_names() -> None:

@@ -7,8 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 from lora_analysis import training
+from lora_analysis.study.classification import Classification
+from lora_analysis.study.encoder import without_dropout
 from lora_analysis.study.execution import prepared, trained
 from lora_analysis.study.plan import Recipe, Run
 from lora_analysis.study.setting import Setting, open_setting
@@ -99,7 +110,7 @@ def test_there_is_one_outcome_and_one_group_for_each_item(name: str, request: py
 
 def test_the_loss_of_a_held_out_text_is_its_cross_entropy(classification: Setting) -> None:
     from lora_analysis.study import minilm
-    from lora_analysis.study.classification import TEMPERATURE, Classification
+    from lora_analysis.study.classification import TEMPERATURE
 
     assert isinstance(classification, Classification)
     task = classification.tasks["nouns"]
@@ -145,6 +156,32 @@ def test_costs_are_those_of_the_parameters_that_train(classification: Setting) -
     assert full["peak_bytes"] > lora["peak_bytes"] > 0
     assert full["memory_ratio"] == 1
     assert lora["parameters_ratio"] > 100
+
+
+def test_a_classifier_is_that_of_its_model(tmp_path: Path) -> None:
+    from lora_analysis.study.minilm import minilm_path
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(minilm_path().parent / "tokenizer.json"))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    for name in ("one", "two"):  # random weights of one seed after the other
+        BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "t.csv").write_text("\n".join(["text,label", *(f"text {i},{'ab'[i % 2]}" for i in range(40))]) + "\n")
+    content = {"kind": "classification", "tasks": {"t": {"file": str(tmp_path / "t.csv")}}, "max_length": 8}
+    means = []
+    for name in ("one", "two", "one"):
+        setting = open_setting({**content, "model": str(tmp_path / name)}, folder=tmp_path / "study")
+        assert isinstance(setting, Classification)
+        means.append(setting.means["t"])
+    assert torch.equal(means[0], means[2])
+    assert not torch.allclose(means[0], means[1])
+    assert not list((tmp_path / "study").glob(".*"))
+
+
+@pytest.mark.parametrize("config", [OPTConfig(), GPT2Config(), BertConfig(), T5Config()])
+def test_no_model_keeps_a_dropout_whatever_it_is_called(config: PretrainedConfig) -> None:
+    assert any("drop" in name and value for name, value in config.to_dict().items())
+    assert not any("drop" in name and value for name, value in without_dropout(config).to_dict().items())
 
 
 def test_settings_that_are_unknown_are_refused(tmp_path: Path) -> None:

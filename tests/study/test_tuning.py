@@ -63,6 +63,12 @@ def test_with_loras_own_scale_each_rank_has_a_rate(language: Setting) -> None:
     assert recipe.rate(Run("near", "lora", ("q",), 4, lr=0.5)) == 0.5
 
 
+def test_with_loras_own_scale_the_ranks_of_a_budget_are_tuned_too(language: Setting) -> None:
+    plan = replace(plan_of("lora"), budget=((("v",), 2),))
+    recipe = tuned_recipe(plan, language, processes=2, candidates={"lora": (1e-3,), "full": (1e-4,)})
+    assert all(recipe.rate(run) == 1e-3 for run in plan.runs() if run.method == "lora")
+
+
 def test_items_held_back_are_training_items_that_are_then_not_trained_on(language: Setting, tmp_path: Path) -> None:
     assert isinstance(language, Language)
     before, after = language.tasks["near"], language.held_back().tasks["near"]

@@ -19,6 +19,7 @@ Hu et al. 2021, arXiv:2106.09685, section 7.3, table 7; appendix H.4; figure 8.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,7 @@ from lora_analysis.study.claims.overlap import Tables, any_in_every, resolved, s
 from lora_analysis.study.claims.replicates import (
     FEWEST,
     Replicate,
+    extent,
     in_every,
     interval,
     replicate,
@@ -68,12 +70,12 @@ def aligned_with_base(tables: Tables, plan: Plan) -> Claim:
         rows.assign(lower=(1 - rows["p"] + 1 / (rows["draws"] + 1)).clip(upper=1)), "gain", "lower", plan
     )
     level = 1 - plan.margins.confidence
-    verdict = in_every([item.p for item in found], [item.p for item in lower], level=level)
+    verdict = _replicated(in_every([item.p for item in found], [item.p for item in lower], level=level), rows, plan)
     if not resolved(rows, found, level):
         verdict = "not_testable_at_this_scale"
     numbers = summary(found, plan.margins.confidence)
     why = (
-        f"Median gain {numbers['estimate']:.3g} (range over {numbers['runs']} runs of r = {_ranks(rows)} "
+        f"Median gain {numbers['estimate']:.3g} ({_extent(found, plan)} of r = {_ranks(rows)} "
         f"{span(numbers['interval'])}), 1 by chance; Holm-p < {level:.2g} in {shares_of(found)} of {numbers['cells']} "
         f"modules, p from {int(rows['draws'].min())} exact draws. {_by_rank(rows, 'gain')}"
     )
@@ -96,13 +98,13 @@ def not_the_top(tables: Tables, plan: Plan) -> Claim:
     gate = aligned_with_base(tables, plan).verdict
     verdict: Verdict = "not_reproduced"
     if min(effects) > bound and len(found) >= FEWEST:
-        verdict = "contradicted"
+        verdict = _replicated("contradicted", rows, plan)
     elif max(effects) < bound and gate in ("reproduced", "consistent_underpowered"):
         verdict = gate
     moot = "" if gate == "reproduced" else " Alignment is not shown (C9), and random directions do as much."
     null = float(rows["null_ceiling"].median())
     why = (
-        f"Median share of the ceiling {numbers['estimate']:.3g} (range over {numbers['runs']} runs "
+        f"Median share of the ceiling {numbers['estimate']:.3g} ({_extent(found, plan)} "
         f"{span(numbers['interval'])}) against the margin of {bound:g}; random directions hold {null:.2g}. "
         f"{_by_rank(rows, 'ceiling_fraction')}{moot}"
     )
@@ -126,7 +128,7 @@ def amplification_factor(tables: Tables, plan: Plan) -> Claim:
     null, gain = float(rows["amplification_null"].median()), float(rows["gain"].median())
     d = math.sqrt(float((rows["d_out"] * rows["d_in"]).median()))
     why = (
-        f"At r = {_ranks(rows)} the median factor is {numbers['estimate']:.3g} (range over {numbers['runs']} runs "
+        f"At r = {_ranks(rows)} the median factor is {numbers['estimate']:.3g} ({_extent(found, plan)} "
         f"{span(numbers['interval'])}), where random directions have {null:.3g}, so 1/gain = {1 / gain:.3g}. Chance "
         f"alone scales as ||ΔW|| d / (r ||W||), with d = {d:.0f} here and 12288 in the paper, whose own null is 343: "
         "the literal factor says nothing at this width, and C9 tests what it stands for."
@@ -154,14 +156,15 @@ def amplified_signs(tables: Tables, plan: Plan) -> Claim:
         scores.append(score)
         cosines.append(float(cells["cosine"].median()))
     level = 1 - plan.margins.confidence
-    verdict = in_every(above, below, level=level)
+    verdict = _replicated(in_every(above, below, level=level), rows, plan)
     # The cosine, which weighs the directions, has to agree with their signs.
     if (verdict == "reproduced" and min(scores) <= 0) or (verdict == "contradicted" and max(scores) >= 0):
         verdict = "not_reproduced"
     bounds = interval(shares, plan.margins.confidence)
     why = (
-        f"Median share of positive signs {np.median(shares):.3g} (range over {len(shares)} runs {span(bounds)}), 1/2 "
-        f"by chance, largest binomial p {max(above):.2g} for amplification and {max(below):.2g} for suppression; "
+        f"Median share of positive signs {np.median(shares):.3g} "
+        f"({extent(len(shares), 'run', 'runs', plan.margins.confidence)} {span(bounds)}), 1/2 by chance, "
+        f"largest binomial p {max(above):.2g} for amplification and {max(below):.2g} for suppression; "
         f"median cosine of ΔW and W {np.median(cosines):.2g}, its standard score over the modules of a run "
         f"{min(scores):.2g} to {max(scores):.2g}. {_by_rank(rows, 'signed_positive')}"
     )
@@ -213,8 +216,9 @@ def falling_with_rank(tables: Tables, plan: Plan) -> Claim:
     why = (
         f"gain_{small} is {rows[rows['r'] == small]['gain'].median():.3g} at r = {small} and "
         f"{rows[rows['r'] == most]['gain'].median():.3g} at r = {most}; median log ratio {np.median(effects):.3g} "
-        f"(range over {len(effects)} seeds {span(bounds)}), sign tests over {modules} modules: largest p "
-        f"{max(test[0] for test in tests):.2g} for a fall and {max(test[1] for test in tests):.2g} for a rise.{moot}"
+        f"({extent(len(effects), 'seed', 'seeds', plan.margins.confidence)} {span(bounds)}), sign tests over {modules} "
+        f"modules: largest p {max(test[0] for test in tests):.2g} for a fall and "
+        f"{max(test[1] for test in tests):.2g} for a rise{_dependence(len(effects))}.{moot}"
     )
     return Claim(
         *about,
@@ -244,27 +248,29 @@ def more_of_the_top(tables: Tables, plan: Plan) -> Claim:
     low, high = int(rows["r"].min()), int(rows["r"].max())
     found = _replicates(rows, "ratio", "p", plan)
     seeds = {run.name: run.init_seed for run in plan.runs()}
-    wide = rows.assign(seed=rows["run"].map(seeds)).pivot_table(
-        index=["seed", "module", "side"], columns="r", values="ratio"
-    )
+    # Both sides of a module come from one update: their mean is one sign, not two.
+    wide = rows.assign(seed=rows["run"].map(seeds)).pivot_table(index=["seed", "module"], columns="r", values="ratio")
     rises = (wide[high] - wide[low]).dropna()
     tests = [sign_test(values) for _, values in rises.groupby("seed")]
     level, contained = 1 - plan.margins.confidence, plan.margins.ceiling / share
-    rising = in_every([above for above, _ in tests], [below for _, below in tests], level=level)
+    modules = max((len(values) for _, values in rises.groupby("seed")), default=0)
+    rising: Verdict = "not_testable_at_this_scale"
+    if 0.5**modules < level:
+        rising = in_every([above for above, _ in tests], [below for _, below in tests], level=level)
     beyond = in_every([item.p for item in found], [1.0] * len(found), level=level)
     verdict: Verdict = "not_reproduced"
     if not resolved(rows, found, level):
         verdict = "not_testable_at_this_scale"
     elif rising == "contradicted" or (min(item.effect for item in found) > contained and len(found) >= FEWEST):
-        verdict = "contradicted"
+        verdict = _replicated("contradicted", rows, plan)
     elif max(item.effect for item in found) < contained and beyond in ("reproduced", "consistent_underpowered"):
         verdict = rising
     numbers = summary(found, plan.margins.confidence)
     why = (
         f"{_by_rank(rows, 'ratio')} Beyond chance (Holm-p < {level:.2g}) in {shares_of(found)} of {numbers['cells']} "
         f"cells of {numbers['runs']} runs. From r = {low} to r = {high} it rises in {float((rises > 0).mean()):.0%} of "
-        f"cells; sign tests of {len(tests)} seeds: largest p "
-        f"{max((test[0] for test in tests), default=1.0):.2g} for a rise. "
+        f"modules; sign tests of {len(tests)} seeds over {modules} modules: largest p "
+        f"{max((test[0] for test in tests), default=1.0):.2g} for a rise{_dependence(len(tests))}. "
         f"Contained would be {1 / share:g}, and from {contained:g} on counts so."
     )
     p = max([item.p for item in found] + [above for above, _ in tests])
@@ -276,6 +282,24 @@ def _replicates(rows: pd.DataFrame, effect: str, p: str, plan: Plan) -> list[Rep
     return [
         replicate([str(run)], cells[effect], cells[p], level=level) for run, cells in rows.groupby("run", sort=True)
     ]
+
+
+def _replicated(verdict: Verdict, rows: pd.DataFrame, plan: Plan) -> Verdict:
+    """The verdict, lowered where all runs are of one seed: those of its ranks share the order of the data."""
+    seeds = {run.name: run.init_seed for run in plan.runs()}
+    if len({seeds[str(name)] for name in rows["run"].unique()}) >= FEWEST:
+        return verdict
+    lowered: dict[Verdict, Verdict] = {"reproduced": "consistent_underpowered", "contradicted": "not_reproduced"}
+    return lowered.get(verdict, verdict)
+
+
+def _extent(found: Sequence[Replicate], plan: Plan) -> str:
+    return extent(len(found), "run", "runs", plan.margins.confidence)
+
+
+def _dependence(seeds: int) -> str:
+    """What a sign test over modules takes for granted, and what is left without it."""
+    return f" if modules are independent; were they not, {seeds} seeds agree by chance in {0.5**seeds:.2g}"
 
 
 def _by_rank(rows: pd.DataFrame, column: str) -> str:

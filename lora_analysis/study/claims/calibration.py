@@ -30,6 +30,8 @@ TOO_RARE = 0.001
 CALIBRATED = 0.5
 """Half-width, in standard scores, that the mean score of random factors has to lie in (C7)."""
 
+STOP = " The tool is not calibrated: stop, and read no other claim."
+
 
 def random_factors(tables: Tables, plan: Plan) -> Claim:
     """C7, which calibrates the tool itself: if it fails, no other claim is to be read."""
@@ -45,17 +47,27 @@ def random_factors(tables: Tables, plan: Plan) -> Claim:
     tests = {name: float(stats.kstest(values, "uniform").pvalue) for name, values in named.items() if len(values)}
     smallest = min(holm(list(tests.values())))
     scores = rows["z_mn"].dropna().to_numpy(dtype=float)
-    mean, half = (float(scores.mean()), float(stats.norm.ppf(0.9995) / np.sqrt(len(scores)))) if len(scores) else (0, 0)
+    if not len(scores):
+        wrong = smallest < TOO_RARE
+        stop = STOP if wrong else ""
+        why = (
+            f"{len(rows)} pairs of random matrices have no standard scores, as phi at r = 1 is strongly skewed; "
+            f"p-values of {len(tests)} statistics against uniform, smallest Holm-p {smallest:.2g}.{stop}"
+        )
+        return Claim(
+            *about, "contradicted" if wrong else "not_testable_at_this_scale", why, p=smallest, cells=len(rows)
+        )
+    mean, half = float(scores.mean()), float(stats.norm.ppf(0.9995) / np.sqrt(len(scores)))
     verdict: Verdict = "reproduced"
     if smallest < TOO_RARE or abs(mean) - half > CALIBRATED:
         verdict = "contradicted"
     elif len(rows) < 20 or abs(mean) + half > CALIBRATED:
         verdict = "consistent_underpowered"
-    stop = " The tool is not calibrated: stop, and read no other claim." if verdict == "contradicted" else ""
+    stop = STOP if verdict == "contradicted" else ""
     why = (
         f"{len(rows)} pairs of random matrices: p-values of {len(tests)} statistics against uniform, smallest "
         f"Holm-p {smallest:.2g}; {np.mean(named['p_11'] < 0.05):.1%} of phi(1,1) below .05; mean score of phi(r,r') "
         f"{mean:.2g} ± {half:.2g} (99.9 %).{stop}"
     )
     bounds = (mean - half, mean + half)
-    return Claim(*about, verdict, why, mean, bounds, 0.0, 1.0, p=smallest, runs=0, cells=len(rows))
+    return Claim(*about, verdict, why, mean, bounds, 0.0, 1 / len(scores) ** 0.5, p=smallest, runs=0, cells=len(rows))

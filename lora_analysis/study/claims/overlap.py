@@ -31,6 +31,7 @@ from lora_analysis.study.claims.replicates import (
     FEWEST,
     Replicate,
     distinct_runs,
+    extent,
     in_every,
     interval,
     replicate,
@@ -113,6 +114,11 @@ def shares_of(found: list[Replicate]) -> str:
     return share_range([item.share for item in found])
 
 
+def over_pairs(found: list[Replicate], plan: Plan) -> str:
+    """What the interval over pairs of runs is."""
+    return extent(len(found), "pair of runs", "pairs of runs", plan.margins.confidence)
+
+
 def any_in_every(found: list[Replicate]) -> bool:
     """Whether every replicate has a cell beyond chance: the least to ask for before two of them are compared."""
     return bool(found) and min(item.share for item in found) > 0
@@ -141,7 +147,7 @@ def shared_top_direction(tables: Tables, plan: Plan) -> Claim:
     numbers, d = summary(found, plan.margins.confidence), float(rows["d"].median())
     edge = float(stats.beta.isf(level / numbers["cells"], 0.5, (d - 1) / 2))
     why = (
-        f"Median phi(1,1) {numbers['estimate']:.3g} (range over {len(found)} pairs of runs "
+        f"Median phi(1,1) {numbers['estimate']:.3g} ({over_pairs(found, plan)} "
         f"{span(numbers['interval'])}), by chance {1 / d:.2g}; Holm-p < {level:.2g} in "
         f"{shares_of(found)} of {numbers['cells']} cells. By target: "
         f"{medians(tables, 'ranks', 'phi_11')}; without a common order of the data "
@@ -179,7 +185,7 @@ def unshared_tail(tables: Tables, plan: Plan) -> Claim:
         verdict = top
     moot = "" if top == "reproduced" else " The top direction is not shown to be shared (C4), so nothing stands out."
     why = (
-        f"Median T {numbers['estimate']:.3g} (range over {len(found)} pairs of runs {span(numbers['interval'])}), by "
+        f"Median T {numbers['estimate']:.3g} ({over_pairs(found, plan)} {span(numbers['interval'])}), by "
         f"chance 1; from {plan.margins.tail_ratio:g} on it would count as shared. Holm-p < {level:.2g} in "
         f"{shares_of(found)} of {numbers['cells']} cells. By target: {medians(tables, 'ranks', 'tail')}.{moot}"
     )
@@ -226,25 +232,28 @@ def all_layers(tables: Tables, plan: Plan) -> Claim:
     )
     if claim := untestable(tables, ("ranks", "seeds"), *about):
         return claim
-    found = [
-        item
+    by_kind = {
+        kind: replicates_of(pairs_of(tables, kind), p, p, plan)
         for kind, p in (("ranks", "p_11"), ("seeds", "p_largest"))
-        for item in replicates_of(pairs_of(tables, kind), p, p, plan)
-    ]
+    }
+    found = [item for kind in by_kind.values() for item in kind]
     if not found:
         return unattempted(*about, _ranks_needed(plan))
+    level = 1 - plan.margins.confidence
     layers = sorted(set(pairs_of(tables, "ranks").get("layer", [])) | set(pairs_of(tables, "seeds").get("layer", [])))
     shares = [item.share for item in found]
     verdict: Verdict = "reproduced" if min(shares) >= plan.margins.layers_share else "not_reproduced"
-    if len(layers) < 3:
+    seeds = by_kind["seeds"]
+    coarse = bool(seeds) and not resolved(pairs_of(tables, "seeds"), seeds, level)
+    if len(layers) < 3 or coarse:
         verdict = "not_testable_at_this_scale"
-    elif verdict == "reproduced" and len(found) < FEWEST:
+    elif verdict == "reproduced" and min(map(len, by_kind.values())) < FEWEST:
         verdict = "consistent_underpowered"
-    level = 1 - plan.margins.confidence
     why = (
         f"{share_range(shares)} of {max(item.cells for item in found)} cells in {len(layers)} layers have "
         f"Holm-p < {level:.2g}, over {len(found)} pairs of runs; {plan.margins.layers_share:.0%} in every pair were "
         "asked for. A cell without it may share less than the test can see."
+        f"{' No p of so few draws passes the correction for so many cells.' if coarse else ''}"
     )
     return Claim(
         *about,

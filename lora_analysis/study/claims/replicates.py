@@ -90,8 +90,25 @@ def interval(effects: Sequence[float], confidence: float) -> tuple[float, float]
     return ordered[below], ordered[len(ordered) - 1 - below]
 
 
+def extent(count: int, one: str, many: str, confidence: float) -> str:
+    """What ``interval`` of so many replicates is, in words.
+
+    Examples
+    --------
+    >>> extent(1, "run", "runs", 0.95), extent(3, "run", "runs", 0.95)
+    ('range over 1 run', 'range over 3 runs')
+    >>> extent(10, "run", "runs", 0.95)
+    '95 % interval of the median over 10 runs'
+    """
+    whole = 2 * stats.binom.cdf(1, count, 0.5) > 1 - confidence
+    what = "range" if whole else f"{100 * confidence:g} % interval of the median"
+    return f"{what} over {count} {one if count == 1 else many}"
+
+
 def sign_test(differences: npt.ArrayLike) -> tuple[float, float]:
     """One-sided p of more positive than negative differences, and of fewer; zeros are left out.
+
+    Differences are taken as independent, which modules of one run need not be: the claims that rest on it say so.
 
     Examples
     --------

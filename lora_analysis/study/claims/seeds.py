@@ -30,13 +30,14 @@ from lora_analysis.study.claims.overlap import (
     any_in_every,
     median,
     medians,
+    over_pairs,
     pairs_of,
     replicates_of,
     resolved,
     shares_of,
     untestable,
 )
-from lora_analysis.study.claims.replicates import in_every, interval, sign_test, span, summary, unattempted
+from lora_analysis.study.claims.replicates import extent, in_every, interval, sign_test, span, summary, unattempted
 from lora_analysis.study.compared import task_rank
 from lora_analysis.study.plan import Plan
 
@@ -67,8 +68,9 @@ def shared_between_seeds(tables: Tables, plan: Plan) -> Claim:
         for kind, words in (("same_init", "one start and two orders"), ("same_order", "two starts and one order"))
     )
     why = (
-        f"A median of {numbers['estimate']:.3g} of {rows['m'].median():.0f} directions shared (range over {len(found)} "
-        f"pairs of {numbers['runs']} runs {span(numbers['interval'])}), largest cosine beyond chance at Holm-p < "
+        f"A median of {numbers['estimate']:.3g} of {rows['m'].median():.0f} directions shared "
+        f"({over_pairs(found, plan)}, of {numbers['runs']} runs, {span(numbers['interval'])}), "
+        f"largest cosine beyond chance at Holm-p < "
         f"{level:.2g} in {shares_of(found)} of {numbers['cells']} cells. By target: "
         f"{medians(tables, 'seeds', 'shared')}; controls: {controls}."
     )
@@ -105,9 +107,11 @@ def query_shares_more(tables: Tables, plan: Plan) -> Claim:
         verdict = "contradicted"
     moot = "" if shared else " Not every two seeds share a direction, so neither shares more."
     why = (
-        f"q shares more than v in {int((differences > 0).sum())} of {layers} layers, averaged over {pairs} pairs of "
-        f"runs: sign test p = {above:.2g}, at best {0.5**layers:.2g}; median difference {differences.median():.3g} "
-        f"directions (range over pairs {span(interval(every, plan.margins.confidence))}).{moot}"
+        f"q shares more than v in {int((differences > 0).sum())} of {layers} layers, averaged over pairs of runs: "
+        f"sign test p = {above:.2g}, at best {0.5**layers:.2g}, if layers are independent; median difference "
+        f"{differences.median():.3g} directions "
+        f"({extent(pairs, 'pair of runs', 'pairs of runs', plan.margins.confidence)} "
+        f"{span(interval(every, plan.margins.confidence))}).{moot}"
     )
     runs = len(set(rows["run_a"]) | set(rows["run_b"]))
     return Claim(
@@ -172,7 +176,8 @@ def task_directions(tables: Tables, plan: Plan) -> Claim:
     within, between = (float(np.nanmean(likeness[where])) for where in (same, ~same))
     why = (
         f"Corrected phi {within:.3g} between seeds of a task and {between:.3g} between tasks (0 by chance), "
-        f"{len(tasks)} tasks at r = {task_rank(plan)} with {len(seeds)} seeds: relabelling gives p = {above:.2g}, at "
+        f"{len(tasks)} tasks ({', '.join(tasks)}) at r = {task_rank(plan)} with {len(seeds)} seeds: "
+        f"relabelling gives p = {above:.2g}, at "
         f"best {1 / len(null):.2g}.{moot}"
     )
     return Claim(
