@@ -58,8 +58,9 @@ def demo_plan(*, quick: bool = False) -> Plan:
         max_grad_norm=None,
         bfloat16=bfloat16_pays(),
     )
+    sizes = {"held_out_per_class": 200, "train_per_class": 200} if quick else {}
     return Plan(
-        setting={"kind": "classification", "tasks": {TASK: {}}},
+        setting={"kind": "classification", "tasks": {TASK: sizes}},
         task=TASK,
         recipe=recipe,
         target_sets=(_BOTH,),
@@ -238,8 +239,8 @@ def _findings(results: Results, study: Study, adapters: dict[str, Adapter]) -> l
         "Two seeds at r = 64, of initial A and of order: " + _overlap(results.seeds),
         f"A at r = 64 moved by {runs.loc[runs['r'] == _LARGEST, 'a_moved'].mean():.0%} of the norm it started with. "
         f"Two seeds' A share φ(1,1) = {_cell(results.seeds_of_a, 'in', 1, 1)['phi'].median():.2g} in the median "
-        f"(chance {_cell(results.seeds_of_a, 'in', 1, 1)['null_mean'].iloc[0]:.2g}), but the order of A's directions depends "
-        "on how ΔW is factored; the figures above, on ΔW, do not.",
+        f"(chance {_cell(results.seeds_of_a, 'in', 1, 1)['null_mean'].iloc[0]:.2g}), but the order of A's directions "
+        "depends on how ΔW is factored; the figures above, on ΔW, do not.",
         _amplified(results),
         f"Adapters, tables, figures and these lines are in {out}/; all of it can be recomputed from "
         f"{out}/runs and the pretrained weights.",
