@@ -11,7 +11,7 @@ from lora_analysis.errors import LoraAnalysisError
 
 
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Three adapters of 25 steps, in under two minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Four adapters of 20 steps, for the impatient.")] = False,
     out: Annotated[Path, typer.Option(help="Where adapters, tables and figures go.")] = Path("lora-demo"),
 ) -> None:
     """Fine-tune a real model by LoRA at several ranks, and analyse what was learned.

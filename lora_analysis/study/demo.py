@@ -1,12 +1,12 @@
 """The demo: LoRA at several ranks and two seeds on a real model and task, and the paper's analyses of it.
 
-``run_demo`` makes a directory that stands by itself::
+``run_demo`` makes a study directory (``study.execution``) that stands by itself, with::
 
-    adapters/<run>/   PEFT adapter, initial A, run.json with settings, losses and every prediction
-    task.json, classifier.safetensors    the texts' digest and groups, the frozen model's predictions, the fixed head
-    tables/           Parquet and CSV
-    figures/          PNG and PDF
-    findings.txt      the ten lines it prints
+    runs/<run>/   PEFT adapter, initial A, run.json with settings and losses, every held-out outcome
+    plan.json, tasks.json, classifier-….safetensors    the runs, the texts' digest and groups, the fixed head
+    tables/       Parquet and CSV
+    figures/      PNG and PDF
+    findings.txt  the ten lines it prints
 
 Training and analysis are apart: ``analyse`` makes tables, figures and findings from the directory and the
 pretrained weights alone.
@@ -14,43 +14,62 @@ pretrained weights alone.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import textwrap
 import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 
 from lora_analysis import plots
 from lora_analysis.adapter import Adapter
-from lora_analysis.base import BaseWeights, load_base
-from lora_analysis.checkpoint import open_checkpoint, read_json
-from lora_analysis.formats import load_adapter
+from lora_analysis.base import BaseWeights
 from lora_analysis.measures.spectrum import effective_rank
 from lora_analysis.measures.spectrum_null import spectrum_null
-from lora_analysis.study import minilm
-from lora_analysis.study.docstrings import docstring_task
-from lora_analysis.study.runs import Run, Settings, bfloat16_pays, correct_predictions, execute_all
+from lora_analysis.study.evidence import Study, open_study
+from lora_analysis.study.execution import bfloat16_pays, execute_plan
+from lora_analysis.study.plan import Plan, Recipe, Run
 from lora_analysis.study.statistics import Difference, paired_difference
 from lora_analysis.tables import amplification_table, similarity_table, spectrum_table, write_table
 from lora_analysis.tables.pool import available_cores
 from lora_analysis.update import factors
 
-_BOTH = ("query", "value")
-FULL = tuple(Run(_BOTH, r, seed) for r in (64, 8, 4, 2, 1) for seed in (0, 1)) + tuple(
-    Run(("query",), r, seed) for r in (8, 1) for seed in (0, 1)
-)
-"""Query and value at five ranks, query alone at two, two seeds each."""
-QUICK = (Run(_BOTH, 64, 0), Run(_BOTH, 64, 1), Run(_BOTH, 8, 0))
-"""What the figures on ranks and on seeds need, and no more."""
+TASK = "docstrings"
+_BOTH = ("q", "v")
+_LARGEST = 64
 _FAMILY = 0.05
 """Error rate over the modules of a comparison, by Bonferroni."""
+
+
+def demo_plan(*, quick: bool = False) -> Plan:
+    """Query and value at five ranks, query alone at two, two seeds each; quick, what the figures need and no more.
+
+    The scale is rsLoRA's, so that one learning rate serves every rank: it was tuned at r = 8 on training paragraphs
+    held back.
+    """
+    recipe = Recipe(
+        steps=20 if quick else 160,
+        batch_size=32,
+        lr={"lora": 5e-3},
+        alpha=6.0,
+        max_grad_norm=None,
+        bfloat16=bfloat16_pays(),
+    )
+    sizes = {"held_out_per_class": 200, "train_per_class": 200} if quick else {}
+    return Plan(
+        setting={"kind": "classification", "tasks": {TASK: sizes}},
+        task=TASK,
+        recipe=recipe,
+        target_sets=(_BOTH,),
+        ranks=(8, _LARGEST) if quick else (1, 2, 4, 8, _LARGEST),
+        seeds=(0, 1),
+        budget=() if quick else ((("q",), 8), (("q",), 1)),
+        controls=(),
+        crossing="paired",
+    )
 
 
 class Results(NamedTuple):
@@ -74,42 +93,15 @@ def run_demo(out: Path, *, quick: bool = False) -> list[str]:
     out : Path
         Directory to make; adapters that an earlier demo left there are replaced.
     quick : bool
-        Three adapters of 25 steps, for the impatient.
+        Four adapters of 20 steps, for the impatient.
 
     Returns
     -------
     list of str
         The ten findings, as printed.
     """
-    started = time.perf_counter()
-    runs, steps = (QUICK, 25) if quick else (FULL, 160)
-    say = _Clock(started)
-    say("collecting docstring paragraphs")
-    task = docstring_task()
-    model = minilm.load_minilm()
-    settings = Settings(steps=steps, bfloat16=bfloat16_pays())
-    say(f"embedding {len(task.train_texts) + len(task.held_out_texts):,} paragraphs with the frozen model")
-    dtype = torch.bfloat16 if settings.bfloat16 else None
-    known = minilm.embeddings(model, task.train_texts, autocast=dtype)
-    means = minilm.class_means(known, task.train_labels, len(task.classes))
-    frozen = correct_predictions(model, task, means, autocast=dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "classes": task.classes,
-        "sha256": task.digest,
-        "sources": {library: asdict(source) for library, source in task.sources.items()},
-        "held_out_groups": task.held_out_groups,
-        "held_out_labels": task.held_out_labels,
-        "frozen_correct": frozen.int().tolist(),
-        "runs": [run.name for run in runs],
-    }
-    (out / "task.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    save_file({"means": means}, out / "classifier.safetensors")
-    say(f"training {len(runs)} adapters of {settings.steps} steps in {available_cores()} processes")
-    done = execute_all(list(runs), settings, task, means, out / "adapters", processes=available_cores())
-    for number, run in enumerate(done, start=1):
-        accuracies = f"accuracy {run['accuracy']:.1%}, frozen {frozen.double().mean():.1%}"
-        say(f"{number} of {len(runs)}: {run['name']}, {accuracies}")
+    say = _Clock(time.perf_counter())
+    execute_plan(demo_plan(quick=quick), out, processes=available_cores(), say=say)
     say("analysing")
     lines = analyse(out)
     say("done")
@@ -130,68 +122,67 @@ def analyse(out: Path) -> list[str]:
     list of str
         The ten findings, also written to ``findings.txt``.
     """
-    task = read_json(out / "task.json")
-    base = load_base(minilm.minilm_path())
-    adapters = {name: load_adapter(out / "adapters" / name) for name in task["runs"]}
-    runs = _runs_table(out, task)
-    results = _measured(adapters, runs, base)
+    study = open_study(out)
+    adapters = {name: study.adapter(name) for name in study.find(method="lora")}
+    results = _measured(adapters, _runs_table(study), study.base)
     for name, table in results._asdict().items():
         # Whole grids are some hundred thousand rows: ten times smaller and faster to read as Parquet.
         for suffix in (".parquet",) if name.endswith("_grid") else (".parquet", ".csv"):
             write_table(table, out / "tables" / f"{name}{suffix}")
-    _draw(results, task, out / "figures")
-    lines = _findings(results, task, out, adapters)
+    _draw(results, _frozen(study), out / "figures")
+    lines = _findings(results, study, adapters)
     (out / "findings.txt").write_text("\n".join(_wrapped(lines)) + "\n", encoding="utf-8")
     return lines
 
 
-def _runs_table(out: Path, task: dict[str, Any]) -> pd.DataFrame:
-    """One row per run: accuracy, and how far it is from the frozen model's, paired over paragraphs."""
-    rows = []
-    for name in task["runs"]:
-        run = read_json(out / "adapters" / name / "run.json")
-        gain = paired_difference(run["correct"], task["frozen_correct"], task["held_out_groups"])
-        rows.append(
-            {
-                "run": name,
-                "source": str(out / "adapters" / name),
-                "targets": "+".join(run["targets"]),
-                "r": run["r"],
-                "seed": run["seed"],
-                "accuracy": run["accuracy"],
-                "gain": gain.mean,
-                "gain_half_width": gain.half_width,
-                "loss_first": sum(run["losses"][:5]) / len(run["losses"][:5]),
-                "loss_last": sum(run["losses"][-5:]) / len(run["losses"][-5:]),
-                "a_moved": _moved(out / "adapters" / name),
-                "steps": run["steps"],
-                "bfloat16": run["bfloat16"],
-                "seconds_training": run["seconds_training"],
-            }
-        )
-    return pd.DataFrame(rows)
+def _runs_table(study: Study) -> pd.DataFrame:
+    """One row per adapter: accuracy, and how far it is from the frozen model's, paired over paragraphs."""
+    table = study.runs[study.runs["method"] == "lora"].copy()
+    gains = [_gain(study, [name]) for name in table["run"]]
+    table["source"] = [study.adapter(name).source for name in table["run"]]
+    table["seed"] = table["init_seed"]
+    table["gain"] = [gain.mean for gain in gains]
+    table["gain_half_width"] = [gain.half_width for gain in gains]
+    table["a_moved"] = [_moved(study, name) for name in table["run"]]
+    return table
 
 
-def _moved(directory: Path) -> float:
+def _frozen(study: Study) -> float:
+    """The accuracy of the frozen model."""
+    return float(study.runs.loc[study.runs["method"] == "frozen", "accuracy"].iloc[0])
+
+
+def _right(study: Study, runs: list[str]) -> list[float]:
+    """How often each held-out paragraph is classified rightly, averaged over runs."""
+    return torch.stack([study.correct(name).double() for name in runs]).mean(0).tolist()
+
+
+def _gain(study: Study, runs: list[str], than: list[str] | None = None) -> Difference:
+    """The mean of some runs less that of others, of the frozen model by default, paired over paragraphs."""
+    frozen = study.find(method="frozen")
+    groups = study.tasks["tasks"][TASK]["groups"]
+    return paired_difference(_right(study, runs), _right(study, than or frozen), groups)
+
+
+def _moved(study: Study, run: str) -> float:
     """How far training moved A from its initialisation, ``‖A - A0‖ / ‖A0‖`` over all modules together."""
-    initial = open_checkpoint(directory / "initial.safetensors")
-    adapter = load_adapter(directory)
+    adapter, initial = study.adapter(run), study.initial(run)
     moved = start = 0.0
     for module in adapter:
         _, down = factors(adapter[module])
-        first = initial[f"{module}.lora_A0"].double()
+        first = initial[module].double()
         moved += float((down.double() - first).square().sum())
         start += float(first.square().sum())
     return math.sqrt(moved / start)
 
 
 def _measured(adapters: dict[str, Adapter], runs: pd.DataFrame, base: BaseWeights) -> Results:
-    seed0, seed1 = Run(_BOTH, 64, 0).name, Run(_BOTH, 64, 1).name
+    seed0, seed1, small = _name(_LARGEST, 0), _name(_LARGEST, 1), _name(8, 0)
     return Results(
         runs=runs,
         spectrum=spectrum_table(list(adapters.values())),
-        ranks=similarity_table(adapters[Run(_BOTH, 8, 0).name], adapters[seed0]),
-        ranks_grid=similarity_table(adapters[Run(_BOTH, 8, 0).name], adapters[seed0], cells="all"),
+        ranks=similarity_table(adapters[small], adapters[seed0]),
+        ranks_grid=similarity_table(adapters[small], adapters[seed0], cells="all"),
         seeds=similarity_table(adapters[seed0], adapters[seed1]),
         seeds_grid=similarity_table(adapters[seed0], adapters[seed1], cells="all"),
         seeds_of_a=similarity_table(adapters[seed0], adapters[seed1], target="A"),
@@ -199,13 +190,16 @@ def _measured(adapters: dict[str, Adapter], runs: pd.DataFrame, base: BaseWeight
     )
 
 
-def _draw(results: Results, task: dict[str, Any], folder: Path) -> None:
+def _name(r: int, seed: int) -> str:
+    return Run(TASK, "lora", _BOTH, r, seed, seed).name
+
+
+def _draw(results: Results, frozen: float, folder: Path) -> None:
     """The paper's figures, as PNG and PDF."""
     layers = len(_cell(results.ranks, "in", 1, 1)) // 2
     middle = [(m, m) for m in results.ranks["module_a"].unique() if f".{layers // 2}." in m]
     both = results.runs[results.runs["targets"] == "+".join(_BOTH)]
     at_64 = both.loc[both["r"] == 64, "source"].iloc[0]
-    frozen = sum(task["frozen_correct"]) / len(task["frozen_correct"])
     gains = results.amplification[results.amplification["adapter"] == at_64]
     figures = {
         "rank_ablation": plots.rank_ablation(results.runs, baseline=frozen).figure,
@@ -220,52 +214,43 @@ def _draw(results: Results, task: dict[str, Any], folder: Path) -> None:
             plots.save_figure(figure, folder / f"{name}{suffix}")
 
 
-def _findings(results: Results, task: dict[str, Any], out: Path, adapters: dict[str, Adapter]) -> list[str]:
-    runs = results.runs
-    frozen = sum(task["frozen_correct"]) / len(task["frozen_correct"])
-    count, groups = len(task["frozen_correct"]), len(set(task["held_out_groups"]))
-    both = _by_rank(out, runs, "+".join(_BOTH))
-    alone = _by_rank(out, runs, "query")
-    gains = {
-        r: paired_difference(correct, task["frozen_correct"], task["held_out_groups"]) for r, correct in both.items()
-    }
+def _findings(results: Results, study: Study, adapters: dict[str, Adapter]) -> list[str]:
+    runs, out, about = results.runs, study.directory, study.tasks["tasks"][TASK]
+    count, groups = len(about["groups"]), len(set(about["groups"]))
+    both, alone = _by_rank(runs, "q+v"), _by_rank(runs, "q")
+    gains = {r: _gain(study, names) for r, names in both.items()}
     # Fixed beforehand, not the best of them: that would be chosen on the paragraphs it is measured on.
     least, most = min(gains), max(gains)
-    lead = paired_difference(both[most], both[least], task["held_out_groups"])
+    lead = _gain(study, both[most], than=both[least])
     return [
-        f"Task: from which of {len(task['classes'])} libraries does a docstring paragraph come? {count:,} held-out "
-        f"paragraphs from {groups} folders that no training text shares. Chance {1 / len(task['classes']):.1%}; "
-        f"the frozen all-MiniLM-L6-v2 with a fixed classifier gets {frozen:.1%}.",
+        f"Task: from which of {len(about['classes'])} libraries does a docstring paragraph come? {count:,} held-out "
+        f"paragraphs from {groups} folders that no training text shares. Chance {about['chance']:.1%}; "
+        f"the frozen all-MiniLM-L6-v2 with a fixed classifier gets {_frozen(study):.1%}.",
         f"LoRA on query and value gains over it, in points: {_points(gains)} (mean of the seeds; ± is the paired "
         f"95 % interval over paragraphs, clustered by folder).",
         f"r = {least} reaches {_ratio(gains[least].mean, gains[most].mean)} of the gain of r = {most}, the largest, "
         f"which is {100 * lead.mean:+.1f} ± {100 * lead.half_width:.1f} points from it.",
-        "Query alone gains: "
-        + _points({r: paired_difference(c, task["frozen_correct"], task["held_out_groups"]) for r, c in alone.items()})
-        + "."
+        f"Query alone gains: {_points({r: _gain(study, names) for r, names in alone.items()})}."
         if alone
-        else f"The training loss went from {runs['loss_first'].mean():.3f} to {runs['loss_last'].mean():.3f} "
-        f"in {runs['steps'].max()} steps.",
+        else f"The training loss went from {runs['train_loss_first'].mean():.3f} to "
+        f"{runs['train_loss_last'].mean():.3f} in {study.plan.recipe.steps} steps.",
         _used_rank(results, adapters),
         "r = 8 against r = 64, which saw the texts in one order: " + _overlap(results.ranks),
         "Two seeds at r = 64, of initial A and of order: " + _overlap(results.seeds),
-        f"A at r = 64 moved by {runs.loc[runs['r'] == 64, 'a_moved'].mean():.0%} of the norm it started with. Two "
-        f"seeds' A share φ(1,1) = {_cell(results.seeds_of_a, 'in', 1, 1)['phi'].median():.2g} in the median (chance "
-        f"{_cell(results.seeds_of_a, 'in', 1, 1)['null_mean'].iloc[0]:.2g}), but the order of A's directions depends "
-        "on how ΔW is factored; the figures above, on ΔW, do not.",
+        f"A at r = 64 moved by {runs.loc[runs['r'] == _LARGEST, 'a_moved'].mean():.0%} of the norm it started with. "
+        f"Two seeds' A share φ(1,1) = {_cell(results.seeds_of_a, 'in', 1, 1)['phi'].median():.2g} in the median "
+        f"(chance {_cell(results.seeds_of_a, 'in', 1, 1)['null_mean'].iloc[0]:.2g}), but the order of A's directions "
+        "depends on how ΔW is factored; the figures above, on ΔW, do not.",
         _amplified(results),
         f"Adapters, tables, figures and these lines are in {out}/; all of it can be recomputed from "
-        f"{out}/adapters and the pretrained weights.",
+        f"{out}/runs and the pretrained weights.",
     ]
 
 
-def _by_rank(out: Path, runs: pd.DataFrame, targets: str) -> dict[int, list[float]]:
-    """By rank, how often each held-out paragraph is classified rightly, averaged over the seeds."""
-    found = {}
-    for r, rows in runs[runs["targets"] == targets].groupby("r"):
-        correct = [read_json(out / "adapters" / name / "run.json")["correct"] for name in rows["run"]]
-        found[int(str(r))] = torch.tensor(correct, dtype=torch.float64).mean(0).tolist()
-    return found
+def _by_rank(runs: pd.DataFrame, targets: str) -> dict[int, list[str]]:
+    """By rank, the names of the runs of a target set."""
+    chosen = runs[runs["targets"] == targets]
+    return {int(str(r)): list(rows["run"]) for r, rows in chosen.groupby("r")}
 
 
 def _points(gains: dict[int, Difference]) -> str:
@@ -277,8 +262,7 @@ def _ratio(part: float, whole: float) -> str:
 
 
 def _used_rank(results: Results, adapters: dict[str, Adapter]) -> str:
-    name = Run(_BOTH, 64, 0).name
-    adapter = adapters[name]
+    adapter = adapters[_name(_LARGEST, 0)]
     used = results.spectrum.loc[results.spectrum["adapter"] == adapter.source, "effective_rank"]
     shape = next(iter(adapter.modules.values())).shape
     chance = torch.tensor([effective_rank(S) for S in spectrum_null(shape, 64, draws=200)]).median()

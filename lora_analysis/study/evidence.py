@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.base import BaseWeights, load_base
@@ -109,6 +110,10 @@ class Study:
         """The ``run.json`` of a run; None if it is not finished."""
         path = self.directory / "runs" / run / "run.json"
         return dict(read_json(path)) if path.exists() else None
+
+    def correct(self, run: str) -> Tensor:
+        """Which held-out items a run classifies rightly, bool, shape (n,); of tasks with classes."""
+        return load_file(self.directory / "runs" / run / "outcomes.safetensors")["correct"]
 
     def adapter(self, run: str) -> Adapter:
         """The adapter of a LoRA run."""

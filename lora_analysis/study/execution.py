@@ -10,13 +10,14 @@ that was killed goes on where it was.
 
 Values
 ------
-``execute_plan``, ``execute``.
+``execute_plan``, ``execute_runs``, ``execute``; ``prepared``, ``trained``, ``bfloat16_pays``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -65,7 +66,7 @@ def execute_plan(
         If the directory is that of another plan, or the texts are not those it was begun with.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _keep(directory / "plan.json", plan.to_json(), "another plan")
+    _keep(directory / "plan.json", plan.to_json(), "another plan", read=Plan.from_json)
     say("preparing model and tasks")
     setting = open_setting(plan.setting, folder=directory)
     tasks = setting.record()
@@ -161,6 +162,27 @@ def save_run_adapter(model: nn.Module, folder: Path, setting: Setting, *, source
     save_file(initial, folder / "initial.safetensors")
 
 
+def bfloat16_pays() -> bool:
+    """Whether this machine multiplies bfloat16 matrices clearly faster than float32 ones, by trying.
+
+    CPUs without the instructions emulate them, many times slower. The fastest of many short products on one
+    thread tells, whatever else the machine is doing.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+        for _ in range(60):
+            for dtype in seconds:
+                a, b = torch.ones(256, 384, dtype=dtype), torch.ones(384, 384, dtype=dtype)
+                started = time.perf_counter()
+                a @ b
+                seconds[dtype] = min(seconds[dtype], time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+
+
 def environment() -> dict[str, Any]:
     """What a run's numbers may depend on beside its settings."""
     return {
@@ -218,7 +240,7 @@ def trained(run: Run, recipe: Recipe, setting: Setting, model: nn.Module) -> lis
         schedule="linear",
         warmup=recipe.steps // 10,
         weight_decay=recipe.weight_decay,
-        max_grad_norm=1.0,
+        max_grad_norm=recipe.max_grad_norm,
         autocast=torch.bfloat16 if recipe.bfloat16 else None,
     )
 
@@ -233,11 +255,13 @@ def _spectra(tuned: nn.Module, base: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _keep(path: Path, content: Mapping[str, Any], otherwise: str) -> None:
+def _keep(
+    path: Path, content: Mapping[str, Any], otherwise: str, *, read: Callable[[Mapping[str, Any]], Any] = dict
+) -> None:
     """Write a file of the study, or see that the one there says the same."""
     if not path.exists():
         write_json(path, content)
-    elif read_json(path) != json.loads(json.dumps(content)):
+    elif read(read_json(path)) != read(json.loads(json.dumps(content))):
         raise LoraAnalysisError(
             f"{path}: expected what this study was begun with, got {otherwise}. Use another directory."
         )

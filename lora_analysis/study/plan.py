@@ -100,6 +100,8 @@ class Recipe:
     scaling : {"lora", "rslora"}
         With rsLoRA one learning rate serves all ranks; with LoRA's own scale each rank needs one of its own.
     weight_decay : float
+    max_grad_norm : float, optional
+        The norm of all gradients together is clipped to it.
     bfloat16 : bool
         Train and evaluate under bfloat16 autocast.
     """
@@ -110,6 +112,7 @@ class Recipe:
     alpha: float
     scaling: Scaling = "rslora"
     weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
     bfloat16: bool = False
 
     def rate(self, run: Run) -> float:
@@ -262,19 +265,10 @@ class Plan:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Plan:
         """The plan that ``to_json`` gave, also after a round trip through a file."""
-        return cls(
-            setting=content["setting"],
-            task=content["task"],
-            recipe=Recipe(**content["recipe"]),
-            target_sets=tuple(tuple(targets) for targets in content["target_sets"]),
-            ranks=tuple(content["ranks"]),
-            seeds=tuple(content["seeds"]),
-            budget=tuple((tuple(targets), r) for targets, r in content["budget"]),
-            controls=tuple(content["controls"]),
-            other_tasks=tuple(content["other_tasks"]),
-            grid_tasks=tuple(content["grid_tasks"]),
-            scalings=tuple(content["scalings"]),
-            crossing=content["crossing"],
-            sizes=tuple(content["sizes"]),
-            margins=Margins(**content["margins"]),
-        )
+        read = dict(content)
+        read["recipe"], read["margins"] = Recipe(**read["recipe"]), Margins(**read["margins"])
+        read["target_sets"] = tuple(tuple(targets) for targets in read["target_sets"])
+        read["budget"] = tuple((tuple(targets), r) for targets, r in read["budget"])
+        for name in ("ranks", "seeds", "controls", "other_tasks", "grid_tasks", "scalings", "sizes"):
+            read[name] = tuple(read.get(name, ()))
+        return cls(**read)

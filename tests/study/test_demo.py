@@ -1,7 +1,5 @@
 """The demo from end to end, and that what it prints follows from what it leaves behind."""
 
-import json
-
 import pandas as pd
 import pytest
 import torch
@@ -9,19 +7,22 @@ from safetensors.torch import load_file
 
 import lora_analysis as la
 from lora_analysis import training
-from lora_analysis.study import minilm
-from lora_analysis.study.demo import FULL, QUICK, analyse
-from lora_analysis.study.docstrings import docstring_task
-from lora_analysis.study.runs import correct_predictions
+from lora_analysis.errors import LoraAnalysisError
+from lora_analysis.study.demo import analyse, demo_plan
+from lora_analysis.study.evidence import open_study
+from lora_analysis.study.setting import open_setting
+
+SEED_0, SEED_1, SMALL = (f"docstrings-q-v-{name}" for name in ("r64-init0-data0", "r64-init1-data1", "r8-init0-data0"))
 
 
 def test_it_prints_ten_findings_and_leaves_what_it_promises(quick_demo):
     lines = (quick_demo / "findings.txt").read_text(encoding="utf-8").splitlines()
     assert [line[:2] for line in lines if line[1] != " "] == [f"{n:2d}" for n in range(1, 11)]
     assert max(map(len, lines)) <= 80
-    for run in QUICK:
-        files = {path.name for path in (quick_demo / "adapters" / run.name).iterdir()}
-        assert files == {"adapter_config.json", "adapter_model.safetensors", "initial.safetensors", "run.json"}
+    for run in open_study(quick_demo).plan.runs():
+        files = {path.name for path in (quick_demo / "runs" / run.name).iterdir()}
+        adapter = {"adapter_config.json", "adapter_model.safetensors", "initial.safetensors"}
+        assert files == {"run.json", "outcomes.safetensors"} | (adapter if run.method == "lora" else set())
     tables = {path.name for path in (quick_demo / "tables").iterdir()}
     assert {"runs.csv", "spectrum.parquet", "amplification.csv", "ranks_grid.parquet", "seeds.csv"} <= tables
     figures = {path.name for path in (quick_demo / "figures").iterdir()}
@@ -39,29 +40,27 @@ def test_analysing_again_gives_the_same_findings(quick_demo):
 
 
 def test_accuracies_follow_from_the_saved_adapter_the_base_and_the_classifier(quick_demo):
-    task = docstring_task()
-    assert task.digest == json.loads((quick_demo / "task.json").read_text())["sha256"]
-    means = load_file(quick_demo / "classifier.safetensors")["means"]
-    name = QUICK[-1].name
-    record = json.loads((quick_demo / "adapters" / name / "run.json").read_text())
-    model = minilm.load_minilm()
-    training.attach(model.model, la.load_adapter(quick_demo / "adapters" / name))
-    dtype = torch.bfloat16 if record["bfloat16"] else None
+    study = open_study(quick_demo)
+    setting = open_setting(study.plan.setting, folder=quick_demo)
+    assert setting.record()["docstrings"]["sha256"] == study.tasks["tasks"]["docstrings"]["sha256"]
+    model = setting.model()
+    training.attach(model, study.adapter(SMALL))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the demo's processes: the order of sums, and so a rare prediction, depends on it
     try:
-        correct = correct_predictions(model, task, means, autocast=dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=study.plan.recipe.bfloat16):
+            outcomes = setting.outcomes("docstrings", model)
     finally:
         torch.set_num_threads(threads)
-    assert correct.int().tolist() == record["correct"]
-    assert float(correct.double().mean()) == record["accuracy"]
+    assert torch.equal(outcomes.correct, study.correct(SMALL))
+    assert study.record(SMALL)["accuracy"] == float(outcomes.correct.double().mean())
 
 
 def test_training_lowered_the_loss_and_moved_only_the_adapter(quick_demo):
     runs = pd.read_csv(quick_demo / "tables" / "runs.csv")
-    assert (runs["loss_last"] < runs["loss_first"]).all()
+    assert (runs["train_loss_last"] < runs["train_loss_first"]).all()
     assert (runs["a_moved"] > 0).all()
-    adapter = la.load_adapter(quick_demo / "adapters" / QUICK[0].name)
+    adapter = la.load_adapter(quick_demo / "runs" / SEED_0)
     assert len(adapter) == 12
     assert adapter.unused == ()
     # The scale is rsLoRA's, 6 / sqrt(64), whatever the file calls its alpha.
@@ -69,21 +68,22 @@ def test_training_lowered_the_loss_and_moved_only_the_adapter(quick_demo):
 
 
 def test_seeds_differ_in_initialisation_and_ranks_share_none(quick_demo):
-    starts = {run.name: load_file(quick_demo / "adapters" / run.name / "initial.safetensors") for run in QUICK}
+    starts = [load_file(quick_demo / "runs" / name / "initial.safetensors") for name in (SEED_0, SEED_1, SMALL)]
     module = "encoder.layer.0.attention.self.query.lora_A0"
-    seed0, seed1, small = (starts[run.name][module].double() for run in QUICK)
+    seed0, seed1, small = (start[module].double() for start in starts)
     for a, b in ((seed0, seed1), (seed0[:8], small)):
         cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
         assert abs(cosine) < 5 / a.numel() ** 0.5
 
 
 def test_the_plan_is_the_papers():
-    assert {(run.targets, run.r) for run in FULL} == {(("query", "value"), r) for r in (1, 2, 4, 8, 64)} | {
-        (("query",), r) for r in (1, 8)
+    runs = [run for run in demo_plan().runs() if run.method == "lora"]
+    assert {(run.targets, run.r) for run in runs} == {(("q", "v"), r) for r in (1, 2, 4, 8, 64)} | {
+        (("q",), r) for r in (1, 8)
     }
-    assert {run.seed for run in FULL} == {0, 1}
+    assert {(run.init_seed, run.data_seed) for run in runs} == {(0, 0), (1, 1)}
 
 
 def test_a_directory_that_is_no_demo_is_named(tmp_path):
-    with pytest.raises(la.CheckpointError, match=r"task\.json: no such file"):
+    with pytest.raises(LoraAnalysisError, match=r"expected a study directory with plan\.json, got none"):
         analyse(tmp_path)
