@@ -445,6 +445,22 @@ def test_a_model_with_merged_updates_is_no_base() -> None:
         load_base(theirs.eval())
 
 
+def test_a_live_models_own_weights_are_found_below_what_lora_puts_round_them() -> None:
+    from lora_analysis import training
+
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(5, 5), "attn": nn.MultiheadAttention(4, 2), "conv": nn.Conv1d(3, 4, 2)}
+    )
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    training.inject(model, ["embed", "conv"], r=2, parameters=["in_proj_weight"])
+    base = load_base(model)
+    assert torch.equal(base.matrix(Target("embed.weight", transposed=True)), plain["embed.weight"].T)
+    assert torch.equal(base.matrix(Target("attn.in_proj_weight")), plain["attn.in_proj_weight"])
+    assert torch.equal(base.matrix(Target("conv.weight", kernel=(2,))), plain["conv.weight"].flatten(1))
+    for target in training.extract(model).targets.values():
+        assert base.matrix(target).dim() == 2
+
+
 def test_components_that_only_contain_a_wrappers_name_are_kept() -> None:
     base = load_base({"my_base_layer.weight": torch.ones(2, 2)})
     assert base.find("my_base_layer.weight") == "my_base_layer.weight"

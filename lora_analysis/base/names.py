@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
+_PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.([^.]+)\.original\Z")
 _WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "base_layer"}
 _PREFIXES = ("module.", "base_model.model.")
 _MAX_DROPPED = 2
@@ -12,15 +14,16 @@ _LONGEST_END = 4
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name without what wrappers (DDP, FSDP, compile, PEFT) add to it.
+    """A tensor's name without what wrappers (DDP, FSDP, compile, PEFT) and parametrisations add to it.
 
     Examples
     --------
-    >>> plain_name("module.model.q_proj.base_layer.weight")
-    'model.q_proj.weight'
+    >>> plain_name("module.model.q_proj.base_layer.weight"), plain_name("attn.parametrizations.in_proj_weight.original")
+    ('model.q_proj.weight', 'attn.in_proj_weight')
     """
     # Wrappers first: compile may lie round DDP and PEFT, and would hide their prefixes.
     name = ".".join(component for component in name.split(".") if component not in _WRAPPERS)
+    name = _PARAMETRIZED.sub(r"\1\2", name)
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     return name

@@ -158,7 +158,8 @@ def _of_a_live_model(model: nn.Module) -> Architecture:
 
 def _is_merged(module: nn.Module) -> bool:
     """Whether a LoRA layer, ours or loralib's or PEFT's, has folded its update into its weight."""
-    return hasattr(module, "lora_A") and bool(getattr(module, "merged", False))
+    holds = hasattr(module, "lora_A") or isinstance(getattr(module, "adapters", None), nn.ModuleDict)
+    return holds and bool(getattr(module, "merged", False))
 
 
 def _stored_transposed(model: nn.Module) -> dict[str, bool]:
@@ -168,5 +169,7 @@ def _stored_transposed(model: nn.Module) -> dict[str, bool]:
         # layer that holds its weight itself says so by loralib's flag.
         plain_name(f"{name}.weight"): type(module).__name__ == "Conv1D" or getattr(module, "fan_in_fan_out", False)
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor) and not isinstance(module, nn.Embedding)
+        if isinstance(getattr(module, "weight", None), Tensor)
+        # A wrapper only passes on the weight of the layer in it, which says for itself.
+        and not (isinstance(module, nn.Embedding) or isinstance(getattr(module, "base_layer", None), nn.Module))
     }

@@ -112,12 +112,21 @@ def execute(run: Run, recipe: Recipe, setting: Setting, parent: Path) -> dict[st
     -------
     dict
         The content of ``run.json``.
+
+    Raises
+    ------
+    LoraAnalysisError
+        If the training diverges.
     """
     started = time.perf_counter()
     base = setting.model()
     model = prepared(run, recipe, setting, base)
     count = parameter_count(model)
-    losses = [] if run.method == "frozen" else trained(run, recipe, setting, model)
+    try:
+        losses = [] if run.method == "frozen" else trained(run, recipe, setting, model)
+    except FloatingPointError as error:
+        # One learning rate serves all runs of a method: a study that leaves out those it is too large for would lie.
+        raise LoraAnalysisError(f"{run.name}: {error} Or tune the rates of the whole study: --tune.") from error
     ended = time.perf_counter()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
         outcomes = setting.outcomes(run.task, model)

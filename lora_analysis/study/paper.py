@@ -19,8 +19,9 @@ from lora_analysis.plots import save_figure
 from lora_analysis.study import paper_figures as figures
 from lora_analysis.study import paper_tables as tables
 from lora_analysis.study.evidence import Study
-from lora_analysis.study.paper_runs import Side, Unavailable
+from lora_analysis.study.paper_runs import Unavailable
 from lora_analysis.study.paper_text import WIDTH, table_text
+from lora_analysis.study.plan import Side
 from lora_analysis.study.printed import GPT_2, GPT_3
 from lora_analysis.study.setting import ITEMS
 from lora_analysis.tables import write_table

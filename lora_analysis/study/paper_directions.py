@@ -24,7 +24,6 @@ from lora_analysis.measures.null import similarity_null
 from lora_analysis.measures.subspace import subspace_similarity
 from lora_analysis.study.evidence import Study
 from lora_analysis.study.paper_runs import (
-    Side,
     kinds_of,
     layers_of,
     main_ranks,
@@ -34,6 +33,7 @@ from lora_analysis.study.paper_runs import (
     nearest,
     require_base,
 )
+from lora_analysis.study.plan import Side
 
 _TOP = 0.1
 """The share of W's directions that figure 8 goes to."""

@@ -38,7 +38,6 @@ from lora_analysis.plots.top_directions import figure_top_directions
 from lora_analysis.study.evidence import Study
 from lora_analysis.study.paper_directions import top_directions
 from lora_analysis.study.paper_runs import (
-    Side,
     Unavailable,
     kinds_of,
     layers_of,
@@ -49,6 +48,7 @@ from lora_analysis.study.paper_runs import (
     nearest,
     spread,
 )
+from lora_analysis.study.plan import Side
 from lora_analysis.study.printed import GPT_3, OBSERVATIONS, SHAPE_GPT_3
 from lora_analysis.study.projections import projection_of
 from lora_analysis.tables import similarity_table

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import pandas as pd
 
@@ -24,9 +23,6 @@ from lora_analysis.base import BaseWeights
 from lora_analysis.errors import LoraAnalysisError
 from lora_analysis.study.evidence import Study
 from lora_analysis.study.projections import layer_of, projection_of
-
-Side = Literal["in", "out"]
-"""Right or left singular vectors."""
 
 
 class Unavailable(LoraAnalysisError):

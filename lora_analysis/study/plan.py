@@ -29,6 +29,9 @@ Method = Literal["lora", "full", "bitfit", "head", "frozen"]
 Scaling = Literal["lora", "rslora"]
 """alpha / r, or alpha / sqrt(r)."""
 
+Side = Literal["in", "out"]
+"""Of a matrix: the right singular directions, or the left ones."""
+
 Crossing = Literal["paired", "corners", "product"]
 """Which seeds of initial factors meet which orders of the data."""
 
@@ -148,6 +151,9 @@ class Margins:
         Share of W's directions that count as its top ones (C13; the paper's 10 %).
     tail_ratio : float
         Overlap beside the top direction, in units of chance, from which on it counts as shared (C4b).
+    side : {"in", "out"}
+        Of ΔW whose singular directions C4 to C6b and C8 are judged by: "in" as the paper's, which are A's. What the
+        other side says is printed beside it.
     layers_share : float
         Share of layers in which a claim has to hold to hold "across layers" (C8).
     """
@@ -159,6 +165,7 @@ class Margins:
     ceiling: float = 0.5
     top_share: float = 0.1
     tail_ratio: float = 1.5
+    side: Side = "in"
     layers_share: float = 0.9
 
 

@@ -34,9 +34,11 @@ PLAN = Plan(
     other_tasks=("second", "third"),
 )
 ALONE = replace(PLAN, other_tasks=())
+FIVE = replace(ALONE, seeds=(0, 1, 2, 3, 4))
+"""As many seeds as a sign test over seeds asks for."""
 MODULES = [f"layer.{i}.{part}" for i in range(6) for part in ("query", "value")]
 NULLS = Nulls(draws=999)
-STUDIES = 40
+STUDIES = 20
 
 
 def orthonormal(generator, d, k):
@@ -150,10 +152,10 @@ def test_p_values_of_modules_are_uniform_under_the_null(null_studies):
         assert stats.kstest(one[column], "uniform").pvalue > 1e-3, column
     # All Monte Carlo p share one set of draws, whose own error is 1/2 / sqrt(999) at most.
     for column in ("p_mn", "p_tail", "p_largest"):
-        assert stats.kstest(one[column], "uniform").statistic < 0.08, column
+        assert stats.kstest(one[column], "uniform").statistic < 0.03 + 1.63 / math.sqrt(len(one)), column
     amplified = pd.concat([table["amplification"] for table in tables])
     own = amplified[amplified["run"].str.endswith("r8-init0-data0") & (amplified["k"] == 8)]
-    assert stats.kstest(own["p"], "uniform").statistic < 0.08
+    assert stats.kstest(own["p"], "uniform").statistic < 0.03 + 1.63 / math.sqrt(len(own))
     assert own["signed_positive"].mean() == pytest.approx(0.5, abs=3 * 0.5 / math.sqrt(8 * len(own)))
 
 
@@ -193,8 +195,14 @@ def test_a_shared_tail_contradicts_that_others_are_not_shared():
 )
 def test_projections_that_share_more_are_told(more, less, verdict):
     sizes = {more: 4, less: 1}
-    claims = Planted(3, lambda run, module, g: fixed(of_module(module), sizes[module.rpartition(".")[2]])).claims()
-    assert claims["C6b"].verdict == verdict
+
+    def plant(run, module, generator):
+        return fixed(of_module(module), sizes[module.rpartition(".")[2]])
+
+    assert Planted(3, plant, plan=FIVE).claims()["C6b"].verdict == verdict
+    # What all modules of a run have in common could make three seeds agree by chance.
+    limited = {"reproduced": "consistent_underpowered", "contradicted": "not_reproduced"}
+    assert Planted(3, plant).claims()["C6b"].verdict == limited[verdict]
     few = replace(PLAN, ranks=(4, 8))
     tables = subspace_tables(Planted(3, lambda run, module, g: fixed(of_module(module), 1), plan=few), NULLS)
     three = tables["overlaps"][tables["overlaps"]["layer"] < 3]
@@ -270,16 +278,20 @@ def test_an_update_away_from_w_contradicts_alignment():
 @pytest.mark.parametrize(("aligned_rank", "verdict"), [(8, "reproduced"), (4, "contradicted")])
 def test_ranks_are_compared_at_equal_truncation(aligned_rank, verdict):
     strong = aligned(0.95, among=(1, 5))
-    claims = Planted(9, lambda run, module, g: strong(run, module, g) if run.r == aligned_rank else None).claims()
-    assert claims["C12"].verdict == verdict
+
+    def plant(run, module, generator):
+        return strong(run, module, generator) if run.r == aligned_rank else None
+
+    assert Planted(9, plant, plan=FIVE).claims()["C12"].verdict == verdict
+    assert Planted(9, plant).claims()["C12"].verdict not in ("reproduced", "contradicted")
 
 
 def test_larger_ranks_that_pick_up_more_of_the_top_are_seen():
     weak, strong = aligned(0.25, among=(0, 5)), aligned(0.42, among=(0, 5))
-    claims = Planted(10, lambda run, module, g: (weak if run.r == 4 else strong)(run, module, g)).claims()
-    assert claims["C13"].verdict == "reproduced", claims["C13"]
-    claims = Planted(10, lambda run, module, g: (strong if run.r == 4 else weak)(run, module, g)).claims()
-    assert claims["C13"].verdict == "contradicted"
+    rising = Planted(10, lambda run, module, g: (weak if run.r == 4 else strong)(run, module, g), plan=FIVE)
+    assert rising.claims()["C13"].verdict == "reproduced"
+    falling = Planted(10, lambda run, module, g: (strong if run.r == 4 else weak)(run, module, g), plan=FIVE)
+    assert falling.claims()["C13"].verdict == "contradicted"
 
 
 def test_tasks_with_directions_of_their_own_are_told_from_seeds():

@@ -174,3 +174,13 @@ def test_the_spectrum_of_every_run_can_be_tabulated(study: Study) -> None:
     adapters = [study.adapter(name) for name in study.find(method="lora", task="near")]
     table = la.spectrum_table(adapters)
     assert bool((table["norm"] > 0).all())
+
+
+def test_a_run_that_diverges_is_named(study: Study, tmp_path: Path) -> None:
+    setting = open_setting(study.plan.setting, folder=study.directory)
+    run = Run("near", "lora", ("q", "v"), 8, 0, 0, lr=1e30)
+    with pytest.raises(
+        LoraAnalysisError, match=r"near-q-v-r8-init0-data0-lr1e\+30: step \d: expected a finite .*--tune"
+    ):
+        execute(run, replace(study.plan.recipe, max_grad_norm=None), setting, tmp_path)
+    assert not list(tmp_path.glob("*"))

@@ -33,6 +33,7 @@ from lora_analysis.study.claims.replicates import (
     extent,
     in_every,
     interval,
+    limited_by_seeds,
     replicate,
     sign_test,
     span,
@@ -207,6 +208,7 @@ def falling_with_rank(tables: Tables, plan: Plan) -> Claim:
     verdict: Verdict = "not_testable_at_this_scale"
     if 0.5**modules < level:
         verdict = in_every([above for above, _ in tests], [below for _, below in tests], level=level)
+        verdict = limited_by_seeds(verdict, len(tests), level=level)
     whole = whole_updates(tables, plan)
     told = any(any_in_every(_replicates(whole[whole["r"] == r], "gain", "p", plan)) for r in (small, most))
     moot = ""
@@ -257,6 +259,7 @@ def more_of_the_top(tables: Tables, plan: Plan) -> Claim:
     rising: Verdict = "not_testable_at_this_scale"
     if 0.5**modules < level:
         rising = in_every([above for above, _ in tests], [below for _, below in tests], level=level)
+        rising = limited_by_seeds(rising, len(tests), level=level)
     beyond = in_every([item.p for item in found], [1.0] * len(found), level=level)
     verdict: Verdict = "not_reproduced"
     if not resolved(rows, found, level):

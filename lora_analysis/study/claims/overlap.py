@@ -2,8 +2,8 @@
 
 Conventions
 -----------
-A replicate is a pair of runs, its cells are modules times sides (V and U of ΔW), see ``replicates``. Chance is
-independent uniformly random directions. That it is rejected says "not independent", no more: inputs that hardly vary
+A replicate is a pair of runs, its cells are modules (ΔW on the side that the margins fix), see ``replicates``. Chance
+is independent uniformly random directions. That it is rejected says "not independent", no more: inputs that hardly vary
 do it too, and so does one order of the data; the controls in each ``why`` say how far. A pair that shares its start
 without meaning to makes every claim on its kind untestable.
 
@@ -52,6 +52,11 @@ def pairs_of(tables: Tables, kind: str, *, target: str = "update", side: str | N
         return pd.DataFrame(columns=["kind", "run_a", "run_b"])
     chosen = table[(table["kind"] == kind) & (table["target"] == target)]
     return chosen if side is None else chosen[chosen["side"] == side]
+
+
+def judged(tables: Tables, kind: str, plan: Plan) -> pd.DataFrame:
+    """The overlaps that claims are judged by: those of ΔW on the side that the plan's margins fix."""
+    return pairs_of(tables, kind, side=plan.margins.side)
 
 
 def replicates_of(
@@ -138,7 +143,7 @@ def shared_top_direction(tables: Tables, plan: Plan) -> Claim:
     )
     if claim := untestable(tables, ("ranks",), *about):
         return claim
-    rows = pairs_of(tables, "ranks")
+    rows = judged(tables, "ranks", plan)
     if rows.empty:
         return unattempted(*about, _ranks_needed(plan))
     found = replicates_of(rows, "phi_11", "p_11", plan)
@@ -151,7 +156,7 @@ def shared_top_direction(tables: Tables, plan: Plan) -> Claim:
         f"{span(numbers['interval'])}), by chance {1 / d:.2g}; Holm-p < {level:.2g} in "
         f"{shares_of(found)} of {numbers['cells']} cells. By target: "
         f"{medians(tables, 'ranks', 'phi_11')}; without a common order of the data "
-        f"{median(pairs_of(tables, 'ranks_crossed'), 'phi_11')}. The paper's figure exceeds 0.5."
+        f"{median(judged(tables, 'ranks_crossed', plan), 'phi_11')}. The paper's figure exceeds 0.5."
     )
     sd = float(stats.beta.std(0.5, (d - 1) / 2))
     return Claim(*about, verdict, why, **numbers, null_mean=1 / d, null_sd=sd, mde=edge - 1 / d)
@@ -166,7 +171,7 @@ def unshared_tail(tables: Tables, plan: Plan) -> Claim:
     )
     if claim := untestable(tables, ("ranks",), *about):
         return claim
-    rows = pairs_of(tables, "ranks")
+    rows = judged(tables, "ranks", plan)
     if rows.empty:
         return unattempted(*about, _ranks_needed(plan))
     rows = rows[rows["tail"].notna()]
@@ -202,7 +207,7 @@ def mutual_inclusion(tables: Tables, plan: Plan) -> Claim:
     )
     if claim := untestable(tables, ("ranks",), *about):
         return claim
-    rows = pairs_of(tables, "ranks")
+    rows = judged(tables, "ranks", plan)
     if rows.empty:
         return unattempted(*about, _ranks_needed(plan))
     found = replicates_of(
@@ -233,18 +238,19 @@ def all_layers(tables: Tables, plan: Plan) -> Claim:
     if claim := untestable(tables, ("ranks", "seeds"), *about):
         return claim
     by_kind = {
-        kind: replicates_of(pairs_of(tables, kind), p, p, plan)
+        kind: replicates_of(judged(tables, kind, plan), p, p, plan)
         for kind, p in (("ranks", "p_11"), ("seeds", "p_largest"))
     }
     found = [item for kind in by_kind.values() for item in kind]
     if not found:
         return unattempted(*about, _ranks_needed(plan))
     level = 1 - plan.margins.confidence
-    layers = sorted(set(pairs_of(tables, "ranks").get("layer", [])) | set(pairs_of(tables, "seeds").get("layer", [])))
+    seeds_rows = judged(tables, "seeds", plan)
+    layers = sorted(set(judged(tables, "ranks", plan).get("layer", [])) | set(seeds_rows.get("layer", [])))
     shares = [item.share for item in found]
     verdict: Verdict = "reproduced" if min(shares) >= plan.margins.layers_share else "not_reproduced"
     seeds = by_kind["seeds"]
-    coarse = bool(seeds) and not resolved(pairs_of(tables, "seeds"), seeds, level)
+    coarse = bool(seeds) and not resolved(seeds_rows, seeds, level)
     if len(layers) < 3 or coarse:
         verdict = "not_testable_at_this_scale"
     elif verdict == "reproduced" and min(map(len, by_kind.values())) < FEWEST:

@@ -141,6 +141,21 @@ def in_every(above: Sequence[float], below: Sequence[float], *, level: float) ->
     return "not_reproduced"
 
 
+def limited_by_seeds(verdict: Verdict, seeds: int, *, level: float) -> Verdict:
+    """The verdict of a sign test over modules, lowered where too few seeds agree for a sign test over seeds.
+
+    What is common to all modules of a run moves them together, and then it is seeds that count: with 3 of them chance
+    alone makes all agree in one of eight cases.
+
+    Examples
+    --------
+    >>> limited_by_seeds("reproduced", 3, level=0.05), limited_by_seeds("reproduced", 5, level=0.05)
+    ('consistent_underpowered', 'reproduced')
+    """
+    lowered: dict[Verdict, Verdict] = {"reproduced": "consistent_underpowered", "contradicted": "not_reproduced"}
+    return verdict if 0.5**seeds < level else lowered.get(verdict, verdict)
+
+
 def distinct_runs(replicates: Iterable[Replicate]) -> int:
     """How many runs the replicates are made of."""
     return len({run for item in replicates for run in item.runs})

@@ -28,6 +28,7 @@ from lora_analysis.study.claims.claim import Claim, Verdict
 from lora_analysis.study.claims.overlap import (
     Tables,
     any_in_every,
+    judged,
     median,
     medians,
     over_pairs,
@@ -37,7 +38,16 @@ from lora_analysis.study.claims.overlap import (
     shares_of,
     untestable,
 )
-from lora_analysis.study.claims.replicates import extent, in_every, interval, sign_test, span, summary, unattempted
+from lora_analysis.study.claims.replicates import (
+    extent,
+    in_every,
+    interval,
+    limited_by_seeds,
+    sign_test,
+    span,
+    summary,
+    unattempted,
+)
 from lora_analysis.study.compared import task_rank
 from lora_analysis.study.plan import Plan
 
@@ -54,7 +64,7 @@ def shared_between_seeds(tables: Tables, plan: Plan) -> Claim:
     )
     if claim := untestable(tables, ("seeds",), *about):
         return claim
-    rows = pairs_of(tables, "seeds")
+    rows = judged(tables, "seeds", plan)
     if rows.empty:
         return unattempted(*about, f"two seeds at r = {max(plan.ranks)}, targets {'+'.join(plan.main)}")
     found = replicates_of(rows, "shared", "p_largest", plan)
@@ -64,7 +74,7 @@ def shared_between_seeds(tables: Tables, plan: Plan) -> Claim:
         verdict = "not_testable_at_this_scale"
     numbers = summary(found, plan.margins.confidence)
     controls = ", ".join(
-        f"{words} {median(pairs_of(tables, kind), 'shared')}"
+        f"{words} {median(judged(tables, kind, plan), 'shared')}"
         for kind, words in (("same_init", "one start and two orders"), ("same_order", "two starts and one order"))
     )
     why = (
@@ -86,7 +96,7 @@ def query_shares_more(tables: Tables, plan: Plan) -> Claim:
     )
     if claim := untestable(tables, ("seeds",), *about):
         return claim
-    rows = pairs_of(tables, "seeds")
+    rows = judged(tables, "seeds", plan)
     rows = rows[rows["projection"].isin(["q", "v"])] if len(rows) else rows
     if rows.empty or rows["projection"].nunique() < 2:
         return unattempted(*about, f"two seeds of q+v at r = {max(plan.ranks)}")
@@ -105,6 +115,8 @@ def query_shares_more(tables: Tables, plan: Plan) -> Claim:
         verdict = "reproduced"
     elif shared and below < level and max(every) < 0:
         verdict = "contradicted"
+    runs = len(set(rows["run_a"]) | set(rows["run_b"]))
+    verdict = limited_by_seeds(verdict, runs, level=level)
     moot = "" if shared else " Not every two seeds share a direction, so neither shares more."
     why = (
         f"q shares more than v in {int((differences > 0).sum())} of {layers} layers, averaged over pairs of runs: "
@@ -113,7 +125,6 @@ def query_shares_more(tables: Tables, plan: Plan) -> Claim:
         f"({extent(pairs, 'pair of runs', 'pairs of runs', plan.margins.confidence)} "
         f"{span(interval(every, plan.margins.confidence))}).{moot}"
     )
-    runs = len(set(rows["run_a"]) | set(rows["run_b"]))
     return Claim(
         *about,
         verdict,
