@@ -174,6 +174,15 @@ def pretrained_decoder(
     return made
 
 
+def decoder_of(steps: int | None, train_bytes: int | None) -> Decoder:
+    """The pretrained decoder, or a weaker one of fewer steps on less code, to try things with."""
+    corpus = None if train_bytes is None else corpora.code(train_bytes=train_bytes, held_out_bytes=_FEW_BYTES)
+    return pretrained_decoder(corpus=corpus, steps=STEPS if steps is None else steps)
+
+
+_FEW_BYTES = 16_384
+
+
 def initial_decoder(seed: int = 0) -> nn.Module:
     """The small decoder with random weights, in train mode; the global random state is not touched.
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_analysis.errors import BaseWeightsError
-from lora_analysis.study.decoder import initial_decoder, pretrained_decoder
+from lora_analysis.study.decoder import decoder_of, initial_decoder
 from lora_analysis.study.encoder import encoder_weights, without_dropout
 from lora_analysis.study.generation import (
     IGNORED,
@@ -171,6 +171,7 @@ def open_generation(
     beams: int = 1,
     held_out_mrs: int = 40,
     pretraining_steps: int | None = None,
+    pretraining_bytes: int | None = None,
 ) -> Generation:
     """The model and its tasks.
 
@@ -184,8 +185,8 @@ def open_generation(
     max_length, max_new_tokens, beams : int
     held_out_mrs : int
         MRs that are measured on, the first in the order of a hash.
-    pretraining_steps : int, optional
-        Of the decoder.
+    pretraining_steps, pretraining_bytes : int, optional
+        Of the decoder: fewer, for a weaker model to try things with.
     """
     opened = {}
     for name, options in tasks.items():
@@ -197,11 +198,8 @@ def open_generation(
         else:
             split = split_by_mr(examples)
         opened[name] = Split(split.train, split.held_out[:held_out_mrs])
-    if model == "decoder":
-        made = pretrained_decoder() if pretraining_steps is None else pretrained_decoder(steps=pretraining_steps)
-        weights = made.path
-    else:
-        weights = encoder_weights(model)
+    small = model == "decoder"
+    weights = decoder_of(pretraining_steps, pretraining_bytes).path if small else encoder_weights(model)
     return Generation(model, weights, opened, max_length, max_new_tokens, beams)
 
 

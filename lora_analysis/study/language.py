@@ -21,10 +21,10 @@ from lora_analysis.study.corpora import Corpus
 from lora_analysis.study.decoder import (
     CONTEXT,
     block_losses,
+    decoder_of,
     initial_decoder,
     language_loss,
     ngram_bits,
-    pretrained_decoder,
 )
 from lora_analysis.study.setting import Outcomes
 
@@ -120,6 +120,7 @@ def open_language(
     folder: Path,
     tasks: Mapping[str, Mapping[str, Any]],
     pretraining_steps: int | None = None,
+    pretraining_bytes: int | None = None,
     held_out_blocks: int = 400,
 ) -> Language:
     """The decoder, pretrained or from the cache, with its corpora.
@@ -130,7 +131,8 @@ def open_language(
         Not used: the pretrained model is cached for all studies.
     tasks : mapping of str to mapping
         Name to ``{"corpus": "near" | "far" | "code", "permuted": bool}``, with the options of that corpus.
-    pretraining_steps : int, optional
+    pretraining_steps, pretraining_bytes : int, optional
+        Fewer steps, on less code: a weaker model, to try things with.
     held_out_blocks : int
     """
     made: dict[str, Callable[..., Corpus]] = {"near": corpora.near, "far": corpora.far, "code": corpora.code}
@@ -142,5 +144,5 @@ def open_language(
             raise ValueError(f"tasks: {name!r}: expected a corpus of {', '.join(made)}, got {kind!r}.")
         corpus = made[kind](**options)
         opened[name] = corpora.permuted(corpus, seed=PERMUTATION_SEED) if permuted else corpus
-    decoder = pretrained_decoder() if pretraining_steps is None else pretrained_decoder(steps=pretraining_steps)
+    decoder = decoder_of(pretraining_steps, pretraining_bytes)
     return Language(decoder.path, asdict(decoder.pretraining), opened, held_out_blocks)

@@ -92,12 +92,14 @@ def decoder_plan(*, quick: bool = False, **changes: Any) -> Plan:
     -------
     Plan
     """
-    setting = {
+    sizes = {"train_bytes": 200_000, "held_out_bytes": 16_384} if quick else {}
+    setting: dict[str, Any] = {
         "kind": "language",
-        "tasks": {"near": {}, "far": {}, "permuted": {"corpus": "near", "permuted": True}},
+        "tasks": {"near": sizes, "far": sizes, "permuted": {"corpus": "near", "permuted": True, **sizes}},
         "held_out_blocks": 60 if quick else 400,
-        "pretraining_steps": 20 if quick else None,
     }
+    if quick:
+        setting |= {"pretraining_steps": 20, "pretraining_bytes": 200_000}
     recipe = Recipe(8, 4, DECODER.lr, DECODER.alpha) if quick else DECODER
     options = _QUICK if quick else _FULL | {"sizes": (100, 1000)}
     return Plan(
@@ -141,7 +143,7 @@ def generation_plan(
         raise ValueError("tasks: expected a file of meaning representations and texts, got none.")
     setting: dict[str, Any] = {"kind": "generation", "tasks": dict(tasks), "model": model}
     if quick:
-        setting |= {"held_out_mrs": 4, "max_new_tokens": 24, "pretraining_steps": 20}
+        setting |= {"held_out_mrs": 4, "max_new_tokens": 24, "pretraining_steps": 20, "pretraining_bytes": 200_000}
     first, *others = tasks
     return Plan(
         **{

@@ -64,13 +64,15 @@ def train_one(
     """
     recipe = plan.recipe if alpha is None else replace(plan.recipe, alpha=alpha)
     with process_group():
-        if rank() == 0:  # what takes long to prepare is kept in the directory: once is enough
+        # What takes long to prepare is kept in the directory: the first process does it, the others find it there.
+        if rank() == 0:
             settings = {"setting": plan.setting, "run": asdict(run), "recipe": asdict(recipe)}
             _require_same(directory, {**settings, "init": init, "dora": dora})
-            open_setting(plan.setting, folder=directory)
+            setting = open_setting(plan.setting, folder=directory)
         if world_size() > 1:
             torch.distributed.barrier()
-        setting = open_setting(plan.setting, folder=directory)
+        if rank() != 0:
+            setting = open_setting(plan.setting, folder=directory)
         model = setting.model()
         inject(
             model,
