@@ -178,7 +178,7 @@ def test_the_spectrum_of_every_run_can_be_tabulated(study: Study) -> None:
 
 def test_a_run_that_diverges_is_named(study: Study, tmp_path: Path) -> None:
     setting = open_setting(study.plan.setting, folder=study.directory)
-    run = Run("near", "full", lr=1e38)
-    with pytest.raises(LoraAnalysisError, match=r"near-full-init0-data0-lr1e\+38: step \d: expected a finite .*--tune"):
+    run = Run("near", "head", lr=1e36)
+    with pytest.raises(LoraAnalysisError, match=r"near-head-init0-data0-lr1e\+36: step \d: expected a finite .*--tune"):
         execute(run, replace(study.plan.recipe, max_grad_norm=None), setting, tmp_path)
     assert not list(tmp_path.glob("*"))
