@@ -78,6 +78,7 @@ class LoraLayer(nn.Module):
         self.base_layer = base_layer
         self.adapters = Adapters()
         self.original: Tensor | None = None
+        _tell_merged_states_apart(self)
         self.train(base_layer.training)
 
     def add(self, name: str, factors: LoraFactors) -> None:
@@ -189,6 +190,7 @@ class LoraParameter(nn.Module):
         self.storage = storage
         self.adapters = Adapters()
         self.original: Tensor | None = None
+        _tell_merged_states_apart(self)
 
     def add(self, name: str, factors: LoraFactors) -> None:
         """Put an adapter beside the others, and let it alone act."""
@@ -216,6 +218,41 @@ class LoraParameter(nn.Module):
 
 Site = LoraLayer | LoraParameter
 """What stands in the place of an adapted weight."""
+
+
+_MERGED = "merged"
+"""What a state dict has of a site, below its name, where updates are part of its weight."""
+
+
+def _tell_merged_states_apart(site: Site) -> None:
+    """See that the state of a merged site is not loaded into an unmerged one, where its update would count twice."""
+    site.register_state_dict_post_hook(_mark_merged)  # type: ignore[no-untyped-call]
+    site.register_load_state_dict_pre_hook(_require_alike)  # type: ignore[no-untyped-call]
+
+
+def _mark_merged(site: Site, state: dict[str, Any], prefix: str, _: Any) -> None:
+    if site.merged:
+        state[f"{prefix}{_MERGED}"] = torch.tensor(True)
+
+
+def _require_alike(
+    site: Site,
+    state: dict[str, Any],
+    prefix: str,
+    _: Any,
+    strict: bool,
+    missing: Any,
+    unexpected: Any,
+    errors: list[str],
+) -> None:
+    # Taken out, or loading would call it unexpected: what is wrong with it is said here.
+    merged = bool(state.pop(f"{prefix}{_MERGED}", False))
+    if merged != site.merged and any(key.startswith(prefix) for key in state):
+        there, here = ("merged", "unmerged") if merged else ("unmerged", "merged")
+        errors.append(
+            f"{prefix.removesuffix('.')!r}: expected the state of {here} layers, got that of {there} ones, whose "
+            "weights hold other updates. Call unmerge before saving, or merge_and_unload for a plain model."
+        )
 
 
 def row_norms(weight: Tensor, storage: Storage, factors: LoraFactors) -> Tensor:

@@ -266,3 +266,17 @@ def test_a_merge_that_is_interrupted_leaves_every_layer_as_it_was(monkeypatch: p
     monkeypatch.undo()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     training.merge(model)
+
+
+def test_the_state_of_a_merged_model_is_not_loaded_into_an_unmerged_one() -> None:
+    # Its update would count twice.
+    model, merged = random_model(), random_model()
+    training.merge(merged)
+    state = merged.state_dict()
+    with pytest.raises(RuntimeError, match=r"'0': expected the state of unmerged layers, got that of merged ones"):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"'2': expected the state of merged layers, got that of unmerged ones"):
+        merged.load_state_dict(model.state_dict())
+    merged.load_state_dict(state)
+    training.unmerge(merged)
+    copy.deepcopy(model).load_state_dict(merged.state_dict())
