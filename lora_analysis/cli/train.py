@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -39,7 +40,13 @@ def train(
 
     if init not in get_args(Init):
         raise typer.BadParameter(f"expected one of {', '.join(get_args(Init))}, got {init!r}", param_hint="--init")
+    if len(task or []) > 1:
+        raise typer.BadParameter("expected one file: an adapter is trained on one task", param_hint="--task")
     plan = chosen_plan(setting, model, task or [], quick, {}, steps=steps, lr=lr)
+    if task:  # a study of ours would keep the file for comparison
+        name = task[0].stem
+        only = {name: plan.setting["tasks"][name]}
+        plan = replace(plan, setting={**plan.setting, "tasks": only}, task=name, other_tasks=())
     run = Run(plan.task, "lora", target_set(targets), r, seed, seed)
     try:
         from lora_analysis.study.single import train_one

@@ -51,3 +51,17 @@ def test_wrong_usage_is_told_in_a_line(tmp_path: Path) -> None:
     done = run("lora_analysis", "train", str(tmp_path / "x"), "--init", "zeros")
     assert done.returncode == 2
     assert "expected one of kaiming, gaussian, orthogonal, pissa, got 'zeros'" in " ".join(done.stderr.split())
+
+
+def test_a_file_of_the_users_is_what_is_trained_on(tmp_path: Path) -> None:
+    texts = tmp_path / "intents.csv"
+    rows = [f"please {verb} the {noun},{verb}" for verb in ("open", "close") for noun in "abcdefghijklmnopqrst"]
+    texts.write_text("\n".join(["text,label", *rows]) + "\n")
+    out = tmp_path / "one"
+    done = run("lora_analysis", "train", str(out), "--task", str(texts), "--quick", "--steps", "2", "--r", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((out / "run.json").read_text())["run"]["task"] == "intents"
+    assert done.stdout.startswith("intents-q-v-r2")
+    twice = run("lora_analysis", "train", str(out), "--task", str(texts), "--task", str(texts))
+    assert twice.returncode == 2
+    assert "expected one file" in " ".join(twice.stderr.split())
