@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lora_analysis.training.inject import spots_of
+from lora_analysis.training.spots import spots_of
 from lora_analysis.training.switching import adapters
 from lora_analysis.training.targets import Targets
 

@@ -17,14 +17,8 @@ from torch import nn
 from lora_analysis.adapter import Adapter, Target
 from lora_analysis.errors import BaseWeightsError, UndefinedUpdateError, UnsupportedAdapterError
 from lora_analysis.training.factors import Block, LoraFactors
-from lora_analysis.training.inject import (
-    Spot,
-    place_factors,
-    require_adapter_name,
-    require_dropout,
-    require_no_peft,
-    spots_of,
-)
+from lora_analysis.training.inject import require_adapter_name, require_dropout, require_no_peft
+from lora_analysis.training.spots import Spot, place_factors, spots_of
 from lora_analysis.training.switching import activate, require_new
 from lora_analysis.training.targets import Place, places, refusal
 from lora_analysis.update import LowRankUpdate

@@ -16,46 +16,23 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from lora_analysis.formats.options import parse_split
 from lora_analysis.formats.patterns import pattern_regex
 from lora_analysis.training.factors import Beside, Block, LoraFactors
 from lora_analysis.training.initial import Init, initial_factors, principal_factors
-from lora_analysis.training.kinds import CONVOLUTION, EMBEDDING, Kind, kind_of
-from lora_analysis.training.layers import LoraLayer, LoraParameter, row_norms, sites
-from lora_analysis.training.storage import Storage
+from lora_analysis.training.kinds import EMBEDDING
+from lora_analysis.training.layers import row_norms, sites
+from lora_analysis.training.slots import BlocksGiven, blocks_of
+from lora_analysis.training.spots import Spot, place_factors, spots_of, to_weight
 from lora_analysis.training.switching import activate, require_new
-from lora_analysis.training.targets import (
-    OwnedParameter,
-    Place,
-    Targets,
-    matching,
-    matching_parameters,
-    peft_layers,
-    put,
-    refusal,
-)
+from lora_analysis.training.targets import Targets, matching, peft_layers
 
 Bias = Literal["none", "lora_only", "all"]
 """Which biases train: none, those of adapted layers, or all of the model's."""
-
-BlocksGiven = str | Sequence[bool] | Mapping[str, tuple[int, int]]
-"""Slots of a fused weight: ``"q,v"`` or ``[True, False, True]`` of equal blocks, or names to half-open row ranges."""
-
-
-class Spot(NamedTuple):
-    """A weight that an adapter is to be put on, and what is known of it."""
-
-    name: str
-    storage: Storage
-    weight: nn.Parameter
-    kind: Kind | None
-    place: Place | OwnedParameter
 
 
 def inject(
@@ -154,7 +131,7 @@ def inject(
     require_no_peft(model)
     require_new(model, adapter)
     spots = spots_of(model, targets, parameters)
-    fused = _blocks(spots, slots or {})
+    fused = blocks_of(spots, slots or {})
     ranks = _patterned("rank_pattern", rank_pattern, spots)
     alphas = _patterned("alpha_pattern", alpha_pattern, spots)
     beside = Beside(bias, _saved(model, modules_to_save, spots))
@@ -194,59 +171,6 @@ def inject(
         place_factors(model, spot, adapter, factors)
     activate(model, adapter)
     return [spot.name for spot in spots]
-
-
-def spots_of(
-    model: nn.Module, targets: Targets, parameters: Iterable[str] | Mapping[str, tuple[int, int] | None] = ()
-) -> list[Spot]:
-    """The weights that are meant, each checked to be one that can be adapted.
-
-    Raises
-    ------
-    ValueError
-        If nothing is meant, or something that cannot be adapted.
-    """
-    given = dict(parameters) if isinstance(parameters, Mapping) else dict.fromkeys(parameters)
-    nothing = not isinstance(targets, str | type) and not (targets := list(targets))
-    chosen = [] if nothing and given else matching(model, targets)
-    spots = []
-    for place in chosen:
-        if (reason := refusal(model, place)) is not None:
-            raise ValueError(reason)
-        kind = cast(Kind, kind_of(place.base))
-        spots.append(Spot(place.names[0], kind.storage(place.base), place.base.get_parameter("weight"), kind, place))
-    for name, view in given.items():
-        spots += [_parameter_spot(one, view) for one in matching_parameters(model, [name])]
-    names = [spot.name for spot in spots]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{twice!r}: expected each weight once, got it as a module and as a parameter, or twice.")
-    return spots
-
-
-def to_weight(factors: LoraFactors, weight: Tensor) -> None:
-    """Move factors to the device of a weight, in its dtype, or in float32 where that has 16 bits."""
-    factors.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-
-
-def place_factors(model: nn.Module, spot: Spot, adapter: str, factors: LoraFactors) -> None:
-    """Put an adapter's factors onto a weight, beside those that are there, on its device and at least in float32."""
-    to_weight(factors, spot.weight)
-    if isinstance(spot.place, Place):
-        module = spot.place.module
-        if not isinstance(module, LoraLayer):
-            layer = LoraLayer(module)
-            put(model, spot.place, layer)
-        else:
-            layer = module
-        layer.add(adapter, factors)
-        factors.train(layer.training)
-        return
-    owner, attribute = spot.place.owner, spot.place.attribute
-    site = _parameter_site(owner, attribute)
-    if site is None:
-        site = LoraParameter(spot.storage)
-        parametrize.register_parametrization(owner, attribute, site)
-    site.add(adapter, factors)
 
 
 def require_no_peft(model: nn.Module) -> None:
@@ -291,41 +215,6 @@ def _rank(what: str, r: int) -> int:
     return r
 
 
-def _parameter_spot(one: OwnedParameter, view: tuple[int, int] | None) -> Spot:
-    site = _parameter_site(one.owner, one.attribute)
-    if site is None and parametrize.is_parametrized(one.owner, one.attribute):
-        raise ValueError(f"{one.name!r}: expected a plain parameter, got one that is parametrized by something else.")
-    if site is None:
-        weight = one.owner.get_parameter(one.attribute)
-        if not weight.is_floating_point() or weight.dim() < 2:
-            raise ValueError(
-                f"parameters: {one.name!r}: expected a floating-point tensor of at least two axes, got "
-                f"{tuple(weight.shape)} in {weight.dtype}."
-            )
-        shape = tuple(weight.shape)
-        if view is not None and math.prod(view) != weight.numel():
-            raise ValueError(f"parameters: {one.name!r}: a tensor {shape} cannot be viewed as {tuple(view)}.")
-        stacked = view is None and len(shape) == 3 and not isinstance(one.owner, nn.Conv1d)
-        turned = view is None and (bool(getattr(one.owner, "is_transposed", False)) if stacked else _is_turned(one))
-        storage = Storage(shape, transposed=turned, experts=shape[0] if stacked else None, view=view)
-    else:
-        storage = site.storage
-        weight = cast(nn.Parameter, cast(Any, one.owner.parametrizations)[one.attribute].original)
-    return Spot(one.name.removesuffix(".weight"), storage, weight, None, one)
-
-
-def _is_turned(one: OwnedParameter) -> bool:
-    kind = kind_of(one.owner)
-    return kind is not None and kind.transposed and one.attribute == "weight"
-
-
-def _parameter_site(owner: nn.Module, attribute: str) -> LoraParameter | None:
-    if not parametrize.is_parametrized(owner, attribute):
-        return None
-    steps = list(cast(Any, owner.parametrizations)[attribute])
-    return steps[0] if len(steps) == 1 and isinstance(steps[0], LoraParameter) else None
-
-
 def _require_options(spot: Spot, *, dora: bool, freeze_A: bool, slots: bool) -> None:
     if dora and slots:
         raise ValueError(f"{spot.name!r}: dora= is for whole weights, and slots= takes blocks of this one. Choose one.")
@@ -354,46 +243,6 @@ def _start(
     pairs = [initial_factors(rows, d_in, r=r, module=name, seed=seed, init=init, random=random) for name, rows in names]
     join = torch.stack if spot.storage.experts is not None else torch.cat
     return join([A for A, _ in pairs]), join([B for _, B in pairs])
-
-
-def _blocks(spots: Sequence[Spot], slots: Mapping[str, BlocksGiven]) -> dict[str, tuple[Block, ...]]:
-    """Module to the blocks of its rows that are adapted."""
-    found: dict[str, tuple[Block, ...]] = {}
-    for key, given in slots.items():
-        hits = [spot for spot in spots if spot.name == key or spot.name.endswith(f".{key}")]
-        if not hits:
-            raise ValueError(f"slots: expected an adapted weight named {key!r}, got none.")
-        for spot in hits:
-            if spot.storage.experts is not None or spot.storage.view or spot.kind in (EMBEDDING, CONVOLUTION):
-                raise ValueError(f"slots: {spot.name!r}: expected a fused linear weight, got another kind.")
-            found[spot.name] = _blocks_of(spot, given)
-    return found
-
-
-def _blocks_of(spot: Spot, given: BlocksGiven) -> tuple[Block, ...]:
-    d_out = spot.storage.matrix_shape[0]
-    if isinstance(given, Mapping):
-        blocks = tuple(sorted((Block(name, *rows) for name, rows in given.items()), key=lambda block: block.start))
-        bounds = [0, *(edge for block in blocks for edge in block[1:]), d_out]
-        if (
-            not blocks
-            or bounds != sorted(bounds)
-            or any(b.start == b.stop or not b.name or "." in b.name for b in blocks)
-        ):
-            raise ValueError(
-                f"slots: {spot.name!r}: expected names without dots and ranges of its {d_out} rows that do not "
-                f"overlap, got {dict(given)}."
-            )
-        return blocks
-    chosen = parse_split(given if isinstance(given, str) else list(given))
-    assert chosen is not None
-    if d_out % chosen.total:
-        raise ValueError(f"slots: {spot.name!r}: expected {chosen.total} equal blocks, got {d_out} rows. Give ranges.")
-    height = d_out // chosen.total
-    return tuple(
-        Block(name, index * height, (index + 1) * height)
-        for name, index in zip(chosen.names, chosen.indices, strict=True)
-    )
 
 
 def _patterned(what: str, pattern: Mapping[str, Any] | None, spots: Sequence[Spot]) -> dict[str, Any]:
