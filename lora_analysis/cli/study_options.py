@@ -33,9 +33,10 @@ def chosen_plan(
     """The plan that the options name, with what they change of it."""
     files: dict[str, dict[str, Any]] = {}
     for path in tasks:
-        if path.stem in files or (path.stem == "docstrings" and model is None):
-            raise typer.BadParameter(f"expected files of different names, got {path.stem!r} twice", param_hint="--task")
-        files[path.stem] = {"file": str(path.absolute())}
+        name = task_name(path)
+        if name in files or (name == "docstrings" and model is None):
+            raise typer.BadParameter(f"expected files of different names, got {name!r} twice", param_hint="--task")
+        files[name] = {"file": str(path.absolute())}
     if model is not None and Path(model).is_dir():  # gone on with from anywhere
         model = str(Path(model).absolute())
     if setting == "minilm" and model is None:
@@ -61,6 +62,18 @@ def chosen_plan(
     if lr is not None:
         recipe = replace(recipe, lr={**recipe.lr, "lora": lr})
     return replace(plan, recipe=recipe)
+
+
+def task_name(path: Path) -> str:
+    """A task is called after its file, or after the folder of a file that is called ``train``.
+
+    Examples
+    --------
+    >>> task_name(Path("banking77.csv")), task_name(Path("banking77/train.csv"))
+    ('banking77', 'banking77')
+    """
+    path = path.absolute()
+    return path.parent.name if path.stem == "train" and path.parent.name else path.stem
 
 
 def target_set(text: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from lora_analysis.cli.study_options import ModelOption, SettingOption, TaskOption, chosen_plan, target_set
+from lora_analysis.cli.study_options import ModelOption, SettingOption, TaskOption, chosen_plan, target_set, task_name
 from lora_analysis.errors import LoraAnalysisError
 from lora_analysis.study.plan import Run
 
@@ -44,9 +44,9 @@ def train(
         raise typer.BadParameter("expected one file: an adapter is trained on one task", param_hint="--task")
     plan = chosen_plan(setting, model, task or [], quick, {}, steps=steps, lr=lr)
     if task:  # a study of ours would keep the file for comparison
-        name = task[0].stem
+        name = task_name(task[0])
         only = {name: plan.setting["tasks"][name]}
-        plan = replace(plan, setting={**plan.setting, "tasks": only}, task=name, other_tasks=())
+        plan = replace(plan, setting={**plan.setting, "tasks": only}, task=name, other_tasks=(), control_tasks=())
     run = Run(plan.task, "lora", target_set(targets), r, seed, seed)
     try:
         from lora_analysis.study.single import train_one

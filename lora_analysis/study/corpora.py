@@ -1,6 +1,6 @@
-r"""Byte corpora that are on every machine: the standard library's code, its tests, its prose.
+r"""Byte corpora that are on every machine: the standard library's code, its tests, its prose; torch's C++ headers.
 
-Nothing is imported or run; source files are read and parsed by ``ast``.
+Nothing is imported or run; Python files are read and parsed by ``ast``.
 
 Conventions
 -----------
@@ -13,12 +13,13 @@ gives at most ``per_file`` bytes, from its middle, since all beginnings are impo
 each make narrower intervals than few with much.
 
 *What is left out.* ``site-packages``; tables and copies, which would be the same on both sides
-(``encodings``, ``pydoc_data`` but for its texts); what differs between builds (``_sysconfigdata``).
+(``encodings``, ``pydoc_data`` but for its texts); what differs between builds (``_sysconfigdata``); of torch's headers
+the thousands in ``ATen/ops`` that a program wrote.
 
 Values
 ------
-``Corpus`` and its ``File``; ``code``, ``near``, ``far`` and ``permuted`` make corpora; ``blocks``,
-``held_out_blocks`` and ``windows`` cut them into token ids; ``without_docstrings`` is the step between.
+``Corpus`` and its ``File``; ``code``, ``near``, ``far``, ``headers`` and ``permuted`` make corpora, which
+``windows`` cuts into token ids.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from lora_analysis.study.docstrings import docstrings
+from lora_analysis.study.without_docstrings import without_docstrings
 
 ONE_IN = 5
 """One file in so many is held out."""
@@ -55,13 +56,15 @@ _SKIPPED_FOLDER = re.compile(
     re.VERBOSE,
 )
 _SKIPPED_TEST_FOLDER = re.compile(r"(site|dist)-packages|__pycache__")
-_SKIPPED_FILE = re.compile(r"_sysconfigdata.*\.py")
+_SKIPPED_HEADER_FOLDER = re.compile(r"ops")
+_SOURCE_FILE = re.compile(r"(?!_sysconfigdata).*\.py")
+_HEADER_FILE = re.compile(r".*\.(h|hpp|cuh)")
 
 _TOPICS = "pydoc_data/topics.py"
 
 _INSTALL = (
-    "Use a full CPython (python.org, pyenv, conda; on Debian also the package libpython3-testsuite), "
-    "as minimal builds leave parts out."
+    "Use a full CPython (python.org, pyenv, conda; on Debian also the package libpython3-testsuite) and torch as its "
+    "wheel has it, as minimal builds leave parts out."
 )
 
 
@@ -81,9 +84,9 @@ class Corpus:
     name : str
     train_files, held_out_files : tuple of File
     skipped : int
-        Files that were to be read and are no Python.
-    python : str
-        Version of the Python whose library it is.
+        Files that were to be read and are not what they are called: no Python, no UTF-8.
+    origin : str
+        What the files came with, and its version.
 
     Raises
     ------
@@ -92,7 +95,7 @@ class Corpus:
 
     Examples
     --------
-    >>> corpus = Corpus("two", (File("a.py", b"a = 1"),), (File("b.py", b"b = 2"),), skipped=0, python="3.13.0")
+    >>> corpus = Corpus("two", (File("a.py", b"a = 1"),), (File("b.py", b"b = 2"),), skipped=0, origin="Python 3.13.0")
     >>> corpus.train, corpus.held_out, corpus.files
     (b'a = 1', b'b = 2', 2)
     """
@@ -101,7 +104,7 @@ class Corpus:
     train_files: tuple[File, ...]
     held_out_files: tuple[File, ...]
     skipped: int
-    python: str
+    origin: str
 
     def __post_init__(self) -> None:
         for side, files in (("train", self.train_files), ("held_out", self.held_out_files)):
@@ -159,8 +162,8 @@ def code(*, train_bytes: int = TRAIN_BYTES, held_out_bytes: int = HELD_OUT_BYTES
         If a cap is below 1 or the library's source files are missing.
     """
     root = _root()
-    files = _files(root, root, _SKIPPED_FOLDER)
-    return _corpus("code", files, without_docstrings, train_bytes, held_out_bytes, per_file)
+    files = _files(root, root, _SKIPPED_FOLDER, _SOURCE_FILE)
+    return _corpus("code", files, without_docstrings, _python(), train_bytes, held_out_bytes, per_file)
 
 
 def near(*, train_bytes: int = TRAIN_BYTES, held_out_bytes: int = HELD_OUT_BYTES, per_file: int = PER_FILE) -> Corpus:
@@ -169,8 +172,8 @@ def near(*, train_bytes: int = TRAIN_BYTES, held_out_bytes: int = HELD_OUT_BYTES
     Parameters, Returns and Raises as for ``code``, of which it shares no file.
     """
     root = _root()
-    files = _files(root, root / "test", _SKIPPED_TEST_FOLDER)
-    return _corpus("near", files, without_docstrings, train_bytes, held_out_bytes, per_file)
+    files = _files(root, root / "test", _SKIPPED_TEST_FOLDER, _SOURCE_FILE)
+    return _corpus("near", files, without_docstrings, _python(), train_bytes, held_out_bytes, per_file)
 
 
 def far(*, train_bytes: int = TRAIN_BYTES, held_out_bytes: int = HELD_OUT_BYTES, per_file: int = PER_FILE) -> Corpus:
@@ -183,8 +186,20 @@ def far(*, train_bytes: int = TRAIN_BYTES, held_out_bytes: int = HELD_OUT_BYTES,
     topics = root / _TOPICS
     if not topics.is_file():
         raise ValueError(f"{topics}: expected the texts of help, got no such file. {_INSTALL}")
-    files = [*_files(root, root, _SKIPPED_FOLDER), *_topics(topics)]
-    return _corpus("far", files, _docstrings_of, train_bytes, held_out_bytes, per_file)
+    files = [*_files(root, root, _SKIPPED_FOLDER, _SOURCE_FILE), *_topics(topics)]
+    return _corpus("far", files, _docstrings_of, _python(), train_bytes, held_out_bytes, per_file)
+
+
+def headers(
+    *, train_bytes: int = TRAIN_BYTES, held_out_bytes: int = HELD_OUT_BYTES, per_file: int = PER_FILE
+) -> Corpus:
+    """The C++ headers that come with torch, comments included: code in another language.
+
+    Parameters, Returns and Raises as for ``code``.
+    """
+    root = _torch_headers()
+    files = _files(root, root, _SKIPPED_HEADER_FOLDER, _HEADER_FILE)
+    return _corpus("headers", files, str, f"torch {torch.__version__}", train_bytes, held_out_bytes, per_file)
 
 
 def permuted(corpus: Corpus, *, seed: int) -> Corpus:
@@ -224,180 +239,37 @@ def permutation(seed: int) -> bytes:
     return bytes(torch.randperm(256, generator=torch.Generator().manual_seed(seed)).tolist())
 
 
-def without_docstrings(source: str) -> str:
-    r"""Python source without its docstrings; ``pass`` where nothing else would be left.
-
-    Strings that follow a docstring, and would take its place, go with it, and so does a comment behind it.
-    Everything else stays as written.
-
-    Parameters
-    ----------
-    source : str
-
-    Returns
-    -------
-    str
-
-    Raises
-    ------
-    SyntaxError, ValueError
-        If the source is no Python.
-
-    Examples
-    --------
-    >>> print(without_docstrings("def f(x):\n    '''What f is.'''\n    return x  # as it is"))
-    def f(x):
-        return x  # as it is
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other people's invalid escapes are not our caller's business
-        tree = ast.parse(source)
-    lines = source.encode().split(b"\n")  # positions of ast are bytes, and only \n ends a line
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line) + 1)
-    data = b"\n".join(lines)
-    cuts: list[tuple[int, int, bytes]] = []
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        leading = 0
-        while leading < len(node.body) and _is_text(node.body[leading]):
-            leading += 1
-        needed = leading == len(node.body) and not isinstance(node, ast.Module)
-        for number, statement in enumerate(node.body[:leading]):
-            assert statement.end_lineno is not None  # ast.parse sets both
-            assert statement.end_col_offset is not None
-            start = starts[statement.lineno - 1] + statement.col_offset
-            end = starts[statement.end_lineno - 1] + statement.end_col_offset
-            before = data[starts[statement.lineno - 1] : start]
-            after = data[end : starts[statement.end_lineno] - 1].strip()
-            if (needed and number == 0) or before.strip() or (after and not after.startswith(b"#")):
-                cuts.append((start, end, b"pass"))
-            else:
-                cuts.append((start - len(before), starts[statement.end_lineno], b""))
-    for start, end, instead in sorted(cuts, reverse=True):
-        data = data[:start] + instead + data[end:]
-    return data.decode()
-
-
-def blocks(data: bytes, length: int) -> Tensor:
-    """Consecutive blocks of bytes as token ids; an incomplete last one is left out.
-
-    Parameters
-    ----------
-    data : bytes
-    length : int
-
-    Returns
-    -------
-    Tensor, shape (n, length), int64
-        n = len(data) // length.
-
-    Raises
-    ------
-    ValueError
-        If ``length`` is below 1.
-
-    Examples
-    --------
-    >>> blocks(bytes(range(7)), 3)
-    tensor([[0, 1, 2],
-            [3, 4, 5]])
-    """
-    if length < 1:
-        raise ValueError(f"length: expected at least 1, got {length}.")
-    n = len(data) // length
-    return _ids(data[: n * length]).reshape(n, length)
-
-
-def held_out_blocks(corpus: Corpus, length: int) -> tuple[Tensor, tuple[str, ...]]:
-    """Held-out blocks, none across two files, and the file of each: the unit that intervals are clustered by.
-
-    Parameters
-    ----------
-    corpus : Corpus
-    length : int
-
-    Returns
-    -------
-    ids : Tensor, shape (n, length), int64
-    groups : tuple of str, length n
-
-    Raises
-    ------
-    ValueError
-        If no held-out file is that long.
-    """
-    parts = [(path, blocks(content, length)) for path, content in corpus.held_out_files]
-    groups = tuple(path for path, part in parts for _ in range(len(part)))
-    if not groups:
-        raise ValueError(f"{corpus.name}: expected a held-out file of at least {length} bytes, got none.")
-    return torch.cat([part for _, part in parts]), groups
-
-
-def windows(corpus: Corpus, *, length: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Random stretches of the train side, without end.
-
-    Parameters
-    ----------
-    corpus : Corpus
-    length, batch_size : int
-    seed : int
-        Of a generator of its own: the global random state is neither used nor changed.
-
-    Yields
-    ------
-    Tensor, shape (batch_size, length), int64
-
-    Raises
-    ------
-    ValueError
-        If a size is below 1 or the train side is shorter than ``length``.
-    """
-    data = corpus.train
-    if length < 1 or batch_size < 1:
-        raise ValueError(f"length, batch_size: expected at least 1, got {length} and {batch_size}.")
-    if len(data) < length:
-        raise ValueError(f"{corpus.name}: expected at least {length} bytes on the train side, got {len(data)}.")
-    return _windows(_ids(data), length, batch_size, torch.Generator().manual_seed(seed))
-
-
-def _windows(ids: Tensor, length: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    within = torch.arange(length)
-    while True:
-        starts = torch.randint(len(ids) - length + 1, (batch_size, 1), generator=generator)
-        yield ids[starts + within]
-
-
-def _ids(data: bytes) -> Tensor:
-    # bytearray: torch warns of a buffer that must not be written to.
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long() if data else torch.empty(0, dtype=torch.long)
-
-
 def _root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _files(root: Path, folder: Path, skipped: re.Pattern[str]) -> list[File]:
+def _python() -> str:
+    return f"Python {platform.python_version()}"
+
+
+def _torch_headers() -> Path:
+    return Path(torch.__file__).parent / "include"
+
+
+def _files(root: Path, folder: Path, skipped: re.Pattern[str], kept: re.Pattern[str]) -> list[File]:
     """Raw source files below a folder, each content once, in the order of a hash of their paths."""
     found = []
     for parent, subfolders, names in os.walk(folder):
         # In place, so that what is left out is not even listed: site-packages can be large.
         subfolders[:] = [name for name in subfolders if not skipped.fullmatch(name)]
         for name in names:
-            if name.endswith(".py") and not _SKIPPED_FILE.fullmatch(name):
+            if kept.fullmatch(name):
                 path = Path(parent, name)
                 found.append(File(path.relative_to(root).as_posix(), path.read_bytes()))
     if not found:
-        raise ValueError(f"{folder}: expected source files of the standard library, got none. {_INSTALL}")
+        raise ValueError(f"{folder}: expected source files, got none. {_INSTALL}")
     seen: set[bytes] = set()
-    kept = []
+    unlike = []
     for file in sorted(found, key=lambda file: _hash(file.path)):
         if file.content not in seen:
             seen.add(file.content)
-            kept.append(file)
-    return kept
+            unlike.append(file)
+    return unlike
 
 
 def _topics(path: Path) -> Iterator[File]:
@@ -410,7 +282,13 @@ def _topics(path: Path) -> Iterator[File]:
 
 
 def _corpus(
-    name: str, files: Iterable[File], text: Callable[[str], str], train_bytes: int, held_out_bytes: int, per_file: int
+    name: str,
+    files: Iterable[File],
+    text: Callable[[str], str],
+    origin: str,
+    train_bytes: int,
+    held_out_bytes: int,
+    per_file: int,
 ) -> Corpus:
     """Files as ``text`` makes them, split, capped, in the order of a hash of their paths."""
     for argument, value in (("train_bytes", train_bytes), ("held_out_bytes", held_out_bytes), ("per_file", per_file)):
@@ -434,7 +312,7 @@ def _corpus(
         if content := content[: room[is_held_out]]:
             room[is_held_out] -= len(content)
             (held_out if is_held_out else train).append(File(path, content))
-    return Corpus(name, tuple(train), tuple(held_out), skipped, platform.python_version())
+    return Corpus(name, tuple(train), tuple(held_out), skipped, origin)
 
 
 def _decoded(raw: bytes) -> str:
@@ -446,14 +324,6 @@ def _docstrings_of(source: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in without_docstrings
         return "\n\n".join(docstrings(ast.parse(source)))
-
-
-def _is_text(statement: ast.stmt) -> bool:
-    return (
-        isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    )
 
 
 def _middle(content: bytes, size: int) -> bytes:

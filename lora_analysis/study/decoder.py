@@ -15,8 +15,8 @@ that transformers' ``from_pretrained`` reads.
 
 Values
 ------
-``Decoder`` with its ``Pretraining`` record; ``pretrained_decoder``, ``initial_decoder``, ``cache_directory``;
-``language_loss`` to train on, ``block_losses`` to measure with, ``ngram_bits`` to compare with.
+``Decoder`` with its ``Pretraining`` record; ``pretrained_decoder``, ``decoder_of``, ``initial_decoder``,
+``cache_directory``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -38,7 +39,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lora_analysis.study import corpora
+from lora_analysis.study import corpora, windows
+from lora_analysis.study.language_losses import block_losses, language_loss, ngram_bits
 from lora_analysis.training.loop import train
 
 CONTEXT = 128
@@ -211,116 +213,9 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_analysis"
 
 
-def language_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of each token given those before it: a loss to train on.
-
-    ``-mean_{b, t>=2} log p(ids[b, t] | ids[b, :t])``. Differentiable; the model is used in the mode it is in.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Called as ``model(input_ids=ids)``, gives an object with ``logits`` (n, length, vocab).
-    ids : Tensor, shape (n, length), int64
-        At least two tokens long.
-
-    Returns
-    -------
-    Tensor, shape ()
-        Nats per token.
-
-    Raises
-    ------
-    ValueError
-        If ``ids`` is no matrix of at least two columns.
-    """
-    return _token_losses(model, ids).mean()
-
-
-def block_losses(model: nn.Module, blocks: Tensor, *, batch_size: int = 64) -> Tensor:
-    """Mean cross-entropy of every block by itself, in eval mode and without gradients.
-
-    Parameters
-    ----------
-    model : nn.Module
-        As for ``language_loss``.
-    blocks : Tensor, shape (n, length), int64
-    batch_size : int
-        Blocks computed at once.
-
-    Returns
-    -------
-    Tensor, shape (n,), float64
-        Nats per token, over the length - 1 tokens of a block that have one before them.
-
-    Raises
-    ------
-    ValueError
-        If there are no blocks, they are shorter than two tokens, or ``batch_size`` is below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}.")
-    device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            parts = [_token_losses(model, part.to(device)).double().mean(1) for part in torch.split(blocks, batch_size)]
-    finally:
-        for module, training in modes:
-            module.training = training
-    return torch.cat(parts)
-
-
-def _token_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Cross-entropy of every token but the first, shape (n, length - 1)."""
-    if ids.ndim != 2 or not len(ids) or ids.shape[1] < 2:
-        raise ValueError(f"ids: expected shape (n, length) with n ≥ 1 and length ≥ 2, got {tuple(ids.shape)}.")
-    logits = model(input_ids=ids).logits[:, :-1]
-    return nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
-
-
-def ngram_bits(train: bytes, blocks: Tensor, *, n: int) -> float:
-    """Bits per byte of a unigram (n = 1) or bigram (n = 2) model: what a language model must beat.
-
-    ``p1(b) = (count(b) + 1) / (N + 256)`` and ``p2(b | a) = (count(ab) + p1(b)) / (count(a) + 1)``, counted on
-    ``train`` and measured on the bytes of ``blocks`` that ``block_losses`` measures: all but a block's first.
-
-    Parameters
-    ----------
-    train : bytes
-    blocks : Tensor, shape (m, length), int64
-    n : int
-        1 or 2.
-
-    Returns
-    -------
-    float
-        Bits per byte, in [0, ∞).
-
-    Raises
-    ------
-    ValueError
-        If ``n`` is neither 1 nor 2.
-
-    Examples
-    --------
-    >>> round(ngram_bits(b"", torch.tensor([[1, 2, 3]]), n=1), 6)
-    8.0
-    """
-    if n not in (1, 2):
-        raise ValueError(f"n: expected 1 (unigram) or 2 (bigram), got {n}.")
-    ids = corpora.blocks(train, len(train))[0] if train else torch.empty(0, dtype=torch.long)
-    p = (torch.bincount(ids, minlength=256).double() + 1) / (len(ids) + 256)
-    if n == 1:
-        return float(-p[blocks[:, 1:]].log2().mean())
-    pairs = torch.bincount(256 * ids[:-1] + ids[1:], minlength=256**2).reshape(256, 256).double()
-    conditional = (pairs + p) / (pairs.sum(1, keepdim=True) + 1)
-    return float(-conditional[blocks[:, :-1], blocks[:, 1:]].log2().mean())
-
-
 def _pretrain(corpus: corpora.Corpus, steps: int, seed: int, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
     model = initial_decoder(seed)
-    batches: Iterable[Tensor] = corpora.windows(corpus, length=CONTEXT, batch_size=RECIPE["batch_size"], seed=seed)
+    batches: Iterable[Tensor] = windows.windows(corpus, length=CONTEXT, batch_size=RECIPE["batch_size"], seed=seed)
     started = time.perf_counter()
     losses = train(
         model,
@@ -335,7 +230,7 @@ def _pretrain(corpus: corpora.Corpus, steps: int, seed: int, progress: bool) -> 
         progress=progress,
     )
     seconds = time.perf_counter() - started
-    held_out, _ = corpora.held_out_blocks(corpus, CONTEXT)
+    held_out, _ = windows.held_out_blocks(corpus, CONTEXT)
     return model, {
         "steps": steps,
         "seed": seed,
@@ -348,7 +243,7 @@ def _pretrain(corpus: corpora.Corpus, steps: int, seed: int, progress: bool) -> 
         "bigram_bits": ngram_bits(corpus.train, held_out, n=2),
         "corpus": corpus.name,
         "corpus_sha256": corpus.digest,
-        "python": corpus.python,
+        "python": platform.python_version(),
         "torch": torch.__version__,
     }
 

@@ -27,18 +27,15 @@ from lora_analysis.study.generation import (
     IGNORED,
     ByteCodec,
     Codec,
-    Example,
-    Split,
     TargetBatch,
     TokenizerCodec,
     bleu,
     generated_texts,
     prompt,
-    read_examples,
-    split_by_mr,
     target_batch,
     target_loss,
 )
+from lora_analysis.study.meaning_representations import Example, Split, read_examples, split_by_mr
 from lora_analysis.study.setting import Outcomes
 
 

@@ -1,17 +1,15 @@
-"""Text from a meaning representation, as in E2E NLG: examples, training batches, decoding, BLEU.
-
-The files are the user's: lines ``MR||text``, or CSV with the columns ``mr`` and ``ref``.
+"""Text from a meaning representation, as in E2E NLG: training batches, decoding, BLEU.
 
 Conventions
 -----------
-An example is one meaning representation (MR) with all its references. Everything is by MR: the split, the
-texts that are generated, and the BLEU, which compares one text with all references of its MR. A model reads
+Everything is by meaning representation (MR): the texts that are generated, and the BLEU, which compares one
+text with all references of its MR. A model reads
 ``<MR> ||`` and goes on with `` <text>`` and an end token; only text and end token count in the loss. Prompt and
 target are tokenised apart, so that where the target begins does not depend on the target.
 
 Values
 ------
-``Example``, ``read_examples``, ``split_by_mr``; ``Codec`` with ``ByteCodec`` and ``TokenizerCodec``;
+``Codec`` with ``ByteCodec`` and ``TokenizerCodec``;
 ``TargetBatch``, ``target_batch``, ``target_loss``; ``generated_texts``; ``bleu``.
 
 References
@@ -22,11 +20,8 @@ Post 2018, arXiv:1804.08771 (sacrebleu).
 
 from __future__ import annotations
 
-import csv
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,21 +29,6 @@ from torch import Tensor, nn
 
 IGNORED = -100
 """Label of a position that is not in the loss: that of PyTorch's cross-entropy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A meaning representation and the texts that people wrote for it."""
-
-    mr: str
-    references: tuple[str, ...]
-
-
-class Split(NamedTuple):
-    """Examples to train on and examples of other MRs to measure with."""
-
-    train: tuple[Example, ...]
-    held_out: tuple[Example, ...]
 
 
 class Codec(Protocol):
@@ -126,95 +106,6 @@ class TokenizerCodec:
     def decode(self, ids: Sequence[int]) -> str:
         """The text without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def read_examples(path: Path) -> tuple[Example, ...]:
-    """Examples of a file, grouped by MR, in the order in which MRs first occur.
-
-    Parameters
-    ----------
-    path : Path
-        UTF-8. ``.csv``: columns ``mr`` and ``ref``, others are passed over. Else: a line ``MR||text`` each.
-
-    Returns
-    -------
-    tuple of Example
-
-    Raises
-    ------
-    ValueError
-        If a line is malformed or empty on a side, a column is missing, or there are no examples.
-    """
-    references: dict[str, list[str]] = {}
-    try:
-        for number, mr, text in _rows_of_csv(path) if path.suffix.lower() == ".csv" else _rows_of_lines(path):
-            if not mr.strip() or not text.strip():
-                raise ValueError(f"{path}: line {number}: expected an MR and a text, got {mr!r} and {text!r}.")
-            references.setdefault(mr.strip(), []).append(text.strip())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8, got {error}.") from error
-    if not references:
-        raise ValueError(f"{path}: expected at least one example, got none.")
-    return tuple(Example(mr, tuple(texts)) for mr, texts in references.items())
-
-
-def _rows_of_lines(path: Path) -> Iterator[tuple[int, str, str]]:
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            parts = line.split("||")
-            if len(parts) != 2:
-                raise ValueError(
-                    f"{path}: line {number}: expected 'MR||text', got {line.rstrip()!r}. "
-                    "A file with the columns mr and ref must be named .csv."
-                )
-            yield number, parts[0], parts[1]
-
-
-def _rows_of_csv(path: Path) -> Iterator[tuple[int, str, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as handle:
-        rows = csv.reader(handle, strict=True)
-        try:
-            header = next(rows, [])
-            if header.count("mr") != 1 or header.count("ref") != 1:
-                raise ValueError(f"{path}: line 1: expected the columns mr and ref, got {header}.")
-            mr, ref = header.index("mr"), header.index("ref")
-            for row in rows:
-                if row and len(row) != len(header):
-                    raise ValueError(f"{path}: line {rows.line_num}: expected {len(header)} fields, got {row}.")
-                if row:
-                    yield rows.line_num, row[mr], row[ref]
-        except csv.Error as error:
-            raise ValueError(f"{path}: line {rows.line_num}: expected CSV, got {error}.") from error
-
-
-def split_by_mr(examples: Sequence[Example], *, held_out: float = 0.2) -> Split:
-    """A split of the examples of one file, the same for the same MRs in any order.
-
-    Parameters
-    ----------
-    examples : sequence of Example
-    held_out : float
-        Share of the MRs, in (0, 1), rounded to at least one on either side.
-
-    Returns
-    -------
-    Split
-        Each side in the order of a hash of its MRs, so that any first n are a fair sample.
-
-    Raises
-    ------
-    ValueError
-        If the share is not in (0, 1), there are fewer than two examples, or an MR occurs twice.
-    """
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out: expected a share in (0, 1), got {held_out}.")
-    if len(examples) < 2 or len({example.mr for example in examples}) < len(examples):
-        raise ValueError(f"examples: expected at least two, each with an MR of its own, got {len(examples)}.")
-    ordered = sorted(examples, key=lambda example: hashlib.sha256(example.mr.encode()).hexdigest())
-    count = min(max(1, round(held_out * len(ordered))), len(ordered) - 1)
-    return Split(tuple(ordered[count:]), tuple(ordered[:count]))
 
 
 def prompt(mr: str) -> str:

@@ -18,15 +18,10 @@ from torch import Tensor, nn
 
 from lora_analysis.study import corpora
 from lora_analysis.study.corpora import Corpus
-from lora_analysis.study.decoder import (
-    CONTEXT,
-    block_losses,
-    decoder_of,
-    initial_decoder,
-    language_loss,
-    ngram_bits,
-)
+from lora_analysis.study.decoder import CONTEXT, decoder_of, initial_decoder
+from lora_analysis.study.language_losses import block_losses, language_loss, ngram_bits
 from lora_analysis.study.setting import Outcomes
+from lora_analysis.study.windows import held_out_blocks, windows
 
 PERMUTATION_SEED = 0
 """Of the byte permutation of the control."""
@@ -73,8 +68,8 @@ class Language:
         corpus = self.tasks[task]
         if size is not None:
             first = corpora.File(corpus.train_files[0].path, corpus.train[: size * CONTEXT])
-            corpus = Corpus(corpus.name, (first,), corpus.held_out_files, corpus.skipped, corpus.python)
-        return corpora.windows(corpus, length=CONTEXT, batch_size=batch_size, seed=seed)
+            corpus = Corpus(corpus.name, (first,), corpus.held_out_files, corpus.skipped, corpus.origin)
+        return windows(corpus, length=CONTEXT, batch_size=batch_size, seed=seed)
 
     def loss(self, task: str, model: nn.Module, batch: Tensor) -> Tensor:
         """Mean cross-entropy of the next byte."""
@@ -105,7 +100,7 @@ class Language:
         }
 
     def _held_out(self, task: str) -> tuple[Tensor, tuple[str, ...]]:
-        blocks, groups = corpora.held_out_blocks(self.tasks[task], CONTEXT)
+        blocks, groups = held_out_blocks(self.tasks[task], CONTEXT)
         index = torch.linspace(0, len(blocks) - 1, min(self.held_out_blocks, len(blocks))).round().long()
         return blocks[index], tuple(groups[i] for i in index.tolist())
 
@@ -130,12 +125,17 @@ def open_language(
     folder : Path
         Not used: the pretrained model is cached for all studies.
     tasks : mapping of str to mapping
-        Name to ``{"corpus": "near" | "far" | "code", "permuted": bool}``, with the options of that corpus.
+        Name to ``{"corpus": "near" | "far" | "headers" | "code", "permuted": bool}``, with the options of that corpus.
     pretraining_steps, pretraining_bytes : int, optional
         Fewer steps, on less code: a weaker model, to try things with.
     held_out_blocks : int
     """
-    made: dict[str, Callable[..., Corpus]] = {"near": corpora.near, "far": corpora.far, "code": corpora.code}
+    made: dict[str, Callable[..., Corpus]] = {
+        "near": corpora.near,
+        "far": corpora.far,
+        "headers": corpora.headers,
+        "code": corpora.code,
+    }
     opened = {}
     for name, given in tasks.items():
         options = dict(given)

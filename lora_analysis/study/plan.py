@@ -98,7 +98,8 @@ class Recipe:
     steps, batch_size : int
     lr : mapping of str to float
         Peak learning rate of AdamW of each method, falling to zero on a line after a tenth of the steps; ``lora-r8``
-        is that of LoRA at r = 8, where it differs from ``lora``.
+        is that of LoRA at r = 8, where it differs from ``lora``, and ``lora-rslora`` and ``lora-lora-r8`` are those of
+        runs with another scaling rule than the recipe's.
     alpha : float
     scaling : {"lora", "rslora"}
         With rsLoRA one learning rate serves all ranks; with LoRA's own scale each rank needs one of its own.
@@ -122,7 +123,9 @@ class Recipe:
         """The peak learning rate of a run."""
         if run.lr is not None:
             return run.lr
-        return self.lr.get(f"{run.method}-r{run.r}", self.lr.get(run.method, float("nan")))
+        rule = [] if run.scaling is None else [f"{run.method}-{run.scaling}-r{run.r}", f"{run.method}-{run.scaling}"]
+        names = (*rule, f"{run.method}-r{run.r}", run.method)
+        return next((self.lr[name] for name in names if name in self.lr), float("nan"))
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
@@ -193,6 +196,8 @@ class Plan:
         Methods beside LoRA: ``full``, ``bitfit``, ``head``; ``frozen`` is always run.
     other_tasks : tuple of str
         Tasks that ``main`` is adapted to at one rank, for comparison with ``task`` (C17).
+    control_tasks : tuple of str
+        Tasks likewise that no claim is judged by, such as text without meaning, whose directions differ for sure.
     grid_tasks : tuple of str
         Tasks with a whole grid of their own beside ``task``. Claims are judged on ``task``.
     scalings : tuple of {"lora", "rslora"}
@@ -211,6 +216,7 @@ class Plan:
     budget: tuple[tuple[tuple[str, ...], int], ...] = ()
     controls: tuple[Method, ...] = ("full", "head")
     other_tasks: tuple[str, ...] = ()
+    control_tasks: tuple[str, ...] = ()
     grid_tasks: tuple[str, ...] = ()
     scalings: tuple[Scaling, ...] = ()
     crossing: Crossing = "corners"
@@ -224,8 +230,9 @@ class Plan:
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected each once, got {values}.")
-        for name in ("grid_tasks", "other_tasks"):
-            values = (self.task, *getattr(self, name))
+        once = {"grid_tasks": self.grid_tasks, "other_tasks": (*self.other_tasks, *self.control_tasks)}
+        for name, others in once.items():
+            values = (self.task, *others)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected each once and other tasks than {self.task!r}, got {values[1:]}.")
         if self.recipe.scaling in self.scalings or len(set(self.scalings)) < len(self.scalings):
@@ -241,7 +248,8 @@ class Plan:
     def runs(self) -> list[Run]:
         """Every run, each once, the costliest first so that a pool ends together."""
         first, last, most = self.seeds[0], self.seeds[-1], max(self.ranks)
-        found = [Run(task, "frozen") for task in (self.task, *self.grid_tasks, *self.other_tasks)]
+        beside = (*self.other_tasks, *self.control_tasks)
+        found = [Run(task, "frozen") for task in (self.task, *self.grid_tasks, *beside)]
         pairs = [(i, d) for i, d in itertools.product(self.seeds, repeat=2) if i == d or self.crossing == "product"]
         grid = itertools.product(self.target_sets, self.ranks, pairs)
         for (targets, r, (i, d)), task, scaling in itertools.product(
@@ -257,7 +265,7 @@ class Plan:
         for method, seed in itertools.product(self.controls, self.seeds):
             found.append(Run(self.task, method, init_seed=seed, data_seed=seed))
         shared = 8 if 8 in self.ranks else most
-        for task, seed in itertools.product(self.other_tasks, self.seeds):
+        for task, seed in itertools.product(beside, self.seeds):
             found.append(Run(task, "lora", self.main, shared, seed, seed))
         for size, seed in itertools.product(self.sizes, self.seeds):
             found.append(Run(self.task, "lora", self.main, shared, seed, seed, size=size))
@@ -276,6 +284,6 @@ class Plan:
         read["recipe"], read["margins"] = Recipe(**read["recipe"]), Margins(**read["margins"])
         read["target_sets"] = tuple(tuple(targets) for targets in read["target_sets"])
         read["budget"] = tuple((tuple(targets), r) for targets, r in read["budget"])
-        for name in ("ranks", "seeds", "controls", "other_tasks", "grid_tasks", "scalings", "sizes"):
+        for name in ("ranks", "seeds", "controls", "other_tasks", "control_tasks", "grid_tasks", "scalings", "sizes"):
             read[name] = tuple(read.get(name, ()))
         return cls(**read)

@@ -78,9 +78,9 @@ def minilm_plan(
 
 
 def decoder_plan(*, quick: bool = False, **changes: Any) -> Plan:
-    """Setting (a): a decoder of 3 layers pretrained on code, adapted to test code (near) and prose (far).
+    """Setting (a): a decoder of 3 layers pretrained on Python, adapted to tests (near), prose (far) and C++ (headers).
 
-    The control ``permuted`` is the near text under a fixed permutation of byte values.
+    The control ``permuted`` is the near text under a fixed permutation of byte values; no claim is judged by it.
 
     Parameters
     ----------
@@ -95,7 +95,12 @@ def decoder_plan(*, quick: bool = False, **changes: Any) -> Plan:
     sizes = {"train_bytes": 200_000, "held_out_bytes": 16_384} if quick else {}
     setting: dict[str, Any] = {
         "kind": "language",
-        "tasks": {"near": sizes, "far": sizes, "permuted": {"corpus": "near", "permuted": True, **sizes}},
+        "tasks": {
+            "near": sizes,
+            "far": sizes,
+            "headers": sizes,
+            "permuted": {"corpus": "near", "permuted": True, **sizes},
+        },
         "held_out_blocks": 60 if quick else 400,
     }
     if quick:
@@ -107,7 +112,8 @@ def decoder_plan(*, quick: bool = False, **changes: Any) -> Plan:
             "setting": setting,
             "task": "near",
             "recipe": recipe,
-            "other_tasks": ("far", "permuted"),
+            "other_tasks": ("far", "headers"),
+            "control_tasks": ("permuted",),
             **options,
             "controls": ("full", "head"),  # the decoder has no biases
             **changes,

@@ -200,6 +200,9 @@ def _factors(adapter: Adapter, spot: Spot, members: Sequence[_Member], dropout: 
     magnitude = adapter.modules[first.module].magnitude
     if magnitude is not None and blocks:
         raise UnsupportedAdapterError(f"{where}: blocks with DoRA's magnitudes cannot be attached.")
+    m = None if magnitude is None else magnitude().flatten()
+    if m is not None and not bool(m.isfinite().all()):
+        raise UndefinedUpdateError(f"{where}: expected finite magnitudes, got NaN or infinities.")
     return LoraFactors(
         join([member.update.down for member in members]),
         join([member.update.up for member in members]),
@@ -208,5 +211,5 @@ def _factors(adapter: Adapter, spot: Spot, members: Sequence[_Member], dropout: 
         alpha=first.update.scale * first.update.r,
         dropout=dropout,
         blocks=blocks,
-        magnitude=None if magnitude is None else magnitude().flatten(),
+        magnitude=m,
     )

@@ -24,14 +24,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.base import BaseWeights, load_base
 from lora_analysis.errors import MutatedBaseError
+from lora_analysis.training.distributed import rank
 from lora_analysis.training.dynamics_log import DynamicsLog, read_dynamics
 from lora_analysis.training.extract import extract
-from lora_analysis.training.factors import LoraFactors
 from lora_analysis.training.layers import sites
 from lora_analysis.training.merging import stored_weight
 from lora_analysis.training.states import COLUMNS, Directions, Gains, moved, moves_of, similarity, state_of
@@ -118,7 +118,7 @@ class TrainingDynamics:
         self._subtracted, first = _first(model, adapter, start)
         self._first = {} if sites(model) else {name: first[name] for name in first}
         self._gains = None if gain_every is None else Gains(_base(model, first))
-        if _is_first_process():
+        if rank() == 0:
             self._look()
 
     def __call__(self, step: int, loss: float = math.nan) -> None:
@@ -136,7 +136,7 @@ class TrainingDynamics:
         ValueError
             If the step does not come after the last one.
         """
-        if not _is_first_process():
+        if rank() > 0:
             return
         if step <= self._step:
             raise ValueError(
@@ -151,7 +151,7 @@ class TrainingDynamics:
 
     def finish(self) -> list[dict[str, Any]]:
         """Look at the model as it is after the last step, unless that is done, and give all rows."""
-        if self._log is not None and _is_first_process():
+        if self._log is not None and rank() == 0:
             self._log.begin(self.start + 1)
         if self._seen != self._step:
             self._look()
@@ -263,27 +263,15 @@ def _moves(model: nn.Module, adapter: str | None) -> dict[str, dict[str, Any]]:
         endings = [f".{block.name}" for block in factors.blocks] or [""]
         if site.storage.experts is not None:
             endings = [f".{expert}" for expert in range(len(factors.lora_A))]
-        for ending, (A, A0), (B, B0) in zip(endings, *_pairs(factors), strict=True):
+        with torch.no_grad():
+            now, first = factors.pairs(), factors.pairs(initial=True)
+        for ending, (A, B), (A0, B0) in zip(endings, now, first, strict=True):
             found[where + ending] = {"moved_A": moved(A, A0), "moved_B": moved(B, B0), "moved_from": "initial"}
     return found
 
 
-def _pairs(factors: LoraFactors) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-    """A with A0 and B with B0, of the whole, of each block or of each expert."""
-    A, A0, B, B0 = (t.detach() for t in (factors.lora_A, factors.lora_A0, factors.lora_B, factors.lora_B0))
-    if A.dim() == 3:
-        return list(zip(A, A0, strict=True)), list(zip(B, B0, strict=True))
-    heights = [block.stop - block.start for block in factors.blocks] or [len(B)]
-    downs = zip(A.chunk(len(heights)), A0.chunk(len(heights)), strict=True)
-    return list(downs), list(zip(torch.split(B, heights), torch.split(B0, heights), strict=True))
-
-
 def _nbytes(kept: Iterable[dict[str, Directions]]) -> int:
     return sum(one.nbytes for directions in kept for one in directions.values())
-
-
-def _is_first_process() -> bool:
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _require(*, every: int, gain_every: int | None, directions: int, memory: int, start: int) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_analysis.adapter import Adapter, Contents, Module, Origin, Target
 from lora_analysis.formats.peft.lora import LOW_RANK_PART
@@ -126,20 +126,13 @@ def _modules(model: nn.Module, where: str, site: Site, factors: LoraFactors, dor
 def _products(factors: LoraFactors) -> list[LowRankUpdate]:
     """The update of the whole matrix, or those of its blocks, or of the experts, in their order."""
     with torch.no_grad():
-        heights = [block.stop - block.start for block in factors.blocks] or [factors.lora_B.shape[-2]]
-        pairs = _parts(factors.lora_A, factors.lora_B, heights)
+        pairs = factors.pairs()
         if factors.less_initial:
-            first = _parts(factors.lora_A0, factors.lora_B0, heights)
+            first = factors.pairs(initial=True)
             pairs = [
                 (torch.cat([A, A0]), torch.cat([B, -B0], -1)) for (A, B), (A0, B0) in zip(pairs, first, strict=True)
             ]
         return [LowRankUpdate(up=B.clone(), down=A.clone(), scale=factors.scale) for A, B in pairs]
-
-
-def _parts(A: Tensor, B: Tensor, heights: list[int]) -> list[tuple[Tensor, Tensor]]:
-    if A.dim() == 3:
-        return list(zip(A, B, strict=True))
-    return list(zip(A.chunk(len(heights)), torch.split(B, heights), strict=True))
 
 
 def _module(update: Update, target: Target) -> Module:

@@ -130,6 +130,14 @@ class LoraFactors(nn.Module):
         blocks = f", blocks={','.join(block.name for block in self.blocks)}" if self.blocks else ""
         return f"{shape}, r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}{blocks}"
 
+    def pairs(self, *, initial: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """A and B, or those it began with: of the whole matrix, of each block, or of each expert."""
+        A, B = (self.lora_A0, self.lora_B0) if initial else (self.lora_A, self.lora_B)
+        if A.dim() == 3:
+            return list(zip(A, B, strict=True))
+        heights = [block.stop - block.start for block in self.blocks] or [len(B)]
+        return list(zip(A.chunk(len(heights)), torch.split(B, heights), strict=True))
+
     def trainable(self, train: bool) -> None:
         """Let the factors (and magnitudes) take gradients, or not; a frozen A never does."""
         self.lora_A.requires_grad_(train and not self.freeze_A)

@@ -185,7 +185,7 @@ def train(
             set_random_state(resumed)
         if total is not None:
             stream = islice(stream, max(0, total * accumulate - skipped))
-        for step, group in enumerate(_groups(stream, accumulate), start=state.step + 1):
+        for step, group in enumerate(_in_every_process(_groups(stream, accumulate)), start=state.step + 1):
             for part in optimizer.param_groups:
                 part["lr"] = part.setdefault("peak_lr", part["lr"]) * learning_rate_factor(
                     schedule, step - 1, warmup=warmup, total=total
@@ -289,6 +289,14 @@ def _groups(stream: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
                 f"batches: expected accumulate={size} of them for every step, got {len(group)} at the end."
             )
         yield group
+
+
+def _in_every_process(groups: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+    """The same; refused in every process where one has more of them than another, which would wait for ever."""
+    for group in groups:
+        require_equal("batches: whether there are more", True)
+        yield group
+    require_equal("batches: whether there are more", False)
 
 
 def _too_few(steps: int | None, got: int, accumulate: int) -> str:

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 from lora_analysis.study import corpora
 from lora_analysis.study.corpora import Corpus, File
+from lora_analysis.study.windows import blocks, held_out_blocks, windows
+from lora_analysis.study.without_docstrings import _is_text, without_docstrings
 
 SMALL = {"train_bytes": 60_000, "held_out_bytes": 20_000, "per_file": 1_000}
 """Enough for several files a side, read in about a second."""
 
-MAKERS = (corpora.code, corpora.near, corpora.far)
+MAKERS = (corpora.code, corpora.near, corpora.far, corpora.headers)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def contents(corpus: Corpus) -> dict[str, bytes]:
     return dict(corpus.train_files + corpus.held_out_files)
 
 
-@pytest.mark.parametrize("name", ["code", "near", "far"])
+@pytest.mark.parametrize("name", ["code", "near", "far", "headers"])
 def test_no_file_is_on_both_sides_and_caps_hold(small: dict[str, Corpus], name: str) -> None:
     corpus = small[name]
     train = {file.path for file in corpus.train_files}
@@ -77,7 +79,7 @@ def test_a_held_out_file_is_held_out_whatever_the_caps(small: dict[str, Corpus])
 def test_the_corpora_do_not_depend_on_the_hash_seed(small: dict[str, Corpus]) -> None:
     program = f"""
 from lora_analysis.study import corpora
-for make in (corpora.code, corpora.near, corpora.far):
+for make in (corpora.code, corpora.near, corpora.far, corpora.headers):
     print(make(**{SMALL!r}).digest)
 """
     environment = os.environ | {"PYTHONHASHSEED": "7"}
@@ -91,10 +93,10 @@ def test_code_without_docstrings_is_the_code_with_the_docstrings_taken_out() -> 
         :40
     ]:
         source = corpora._decoded(path.read_bytes())
-        expected, found = ast.parse(source), ast.parse(corpora.without_docstrings(source))
+        expected, found = ast.parse(source), ast.parse(without_docstrings(source))
         for node in ast.walk(expected):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                while node.body and corpora._is_text(node.body[0]):
+                while node.body and _is_text(node.body[0]):
                     del node.body[0]
                 if not node.body and not isinstance(node, ast.Module):
                     node.body = [ast.Pass()]
@@ -119,7 +121,7 @@ def test_code_without_docstrings_is_the_code_with_the_docstrings_taken_out() -> 
     ],
 )
 def test_docstrings_are_cut_out_and_nothing_else(source: str, expected: str) -> None:
-    assert corpora.without_docstrings(source) == expected
+    assert without_docstrings(source) == expected
     assert ast.get_docstring(ast.parse(expected)) is None
 
 
@@ -171,7 +173,7 @@ def test_a_held_out_file_gives_its_middle(library: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "missing", "message"),
     [
-        (corpora.near, "test", "test: expected source files of the standard library, got none. Use a full CPython"),
+        (corpora.near, "test", "test: expected source files, got none. Use a full CPython"),
         (corpora.far, "pydoc_data", "topics.py: expected the texts of help, got no such file. Use a full CPython"),
     ],
 )
@@ -185,8 +187,24 @@ def test_a_library_without_a_source_is_an_error_that_says_which(
 
 def test_a_library_without_source_files_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora, "_root", lambda: tmp_path)
-    with pytest.raises(ValueError, match="expected source files of the standard library, got none"):
+    with pytest.raises(ValueError, match="expected source files, got none"):
         corpora.code()
+
+
+def test_headers_are_those_of_torch_without_the_generated_ones(small: dict[str, Corpus]) -> None:
+    files = contents(small["headers"])
+    root = corpora._torch_headers()
+    assert {Path(path).suffix for path in files} <= {".h", ".hpp", ".cuh"}
+    assert not any("/ops/" in path for path in files)
+    for path, content in files.items():
+        assert content in (root / path).read_bytes().replace(b"\r\n", b"\n")
+    assert small["headers"].origin == f"torch {torch.__version__}"
+
+
+def test_without_headers_it_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "_torch_headers", lambda: tmp_path)
+    with pytest.raises(ValueError, match=r"expected source files, got none\. Use a full CPython"):
+        corpora.headers()
 
 
 @pytest.mark.parametrize("name", ["train_bytes", "held_out_bytes", "per_file"])
@@ -197,7 +215,7 @@ def test_caps_are_positive(library: Path, name: str) -> None:
 
 def made_up(train: bytes, *held_out: bytes) -> Corpus:
     files = tuple(File(f"{number}.py", content) for number, content in enumerate(held_out))
-    return Corpus("made up", (File("train.py", train),), files, skipped=0, python="3.13.0")
+    return Corpus("made up", (File("train.py", train),), files, skipped=0, origin="Python 3.13.0")
 
 
 @given(st.binary(min_size=1), st.binary(min_size=1), st.integers(0, 99))
@@ -221,30 +239,30 @@ def test_an_empty_side_and_a_file_twice_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one byte on the held_out side"):
         made_up(b"a")
     with pytest.raises(ValueError, match=r"expected every file once, got 'a\.py' twice"):
-        Corpus("twice", (File("a.py", b"1"),), (File("a.py", b"2"),), skipped=0, python="3.13.0")
+        Corpus("twice", (File("a.py", b"1"),), (File("a.py", b"2"),), skipped=0, origin="Python 3.13.0")
 
 
 @given(st.binary(max_size=50), st.integers(1, 9))
 def test_blocks_are_the_bytes_in_order(data: bytes, length: int) -> None:
-    found = corpora.blocks(data, length)
+    found = blocks(data, length)
     assert found.dtype == torch.int64
     assert found.shape == (len(data) // length, length)
     assert bytes(found.flatten().tolist()) == data[: len(data) // length * length]
 
 
 def test_no_held_out_block_crosses_two_files() -> None:
-    ids, groups = corpora.held_out_blocks(made_up(b"t", b"aaaaa", b"b", b"cccc"), 2)
+    ids, groups = held_out_blocks(made_up(b"t", b"aaaaa", b"b", b"cccc"), 2)
     assert [bytes(row) for row in ids.tolist()] == [b"aa", b"aa", b"cc", b"cc"]
     assert groups == ("0.py", "0.py", "2.py", "2.py")
     with pytest.raises(ValueError, match="expected a held-out file of at least 6 bytes, got none"):
-        corpora.held_out_blocks(made_up(b"t", b"aaaaa"), 6)
+        held_out_blocks(made_up(b"t", b"aaaaa"), 6)
 
 
 def test_windows_are_stretches_of_the_train_side_and_hang_on_the_seed_alone(small: dict[str, Corpus]) -> None:
     corpus = small["code"]
 
     def first(seed: int) -> torch.Tensor:
-        return torch.stack(list(islice(corpora.windows(corpus, length=16, batch_size=4, seed=seed), 5)))
+        return torch.stack(list(islice(windows(corpus, length=16, batch_size=4, seed=seed), 5)))
 
     state = torch.get_rng_state()
     found = first(0)
@@ -257,7 +275,7 @@ def test_windows_are_stretches_of_the_train_side_and_hang_on_the_seed_alone(smal
 
 
 def test_windows_reach_both_ends() -> None:
-    batches = islice(corpora.windows(made_up(b"abc", b"h"), length=2, batch_size=8, seed=0), 5)
+    batches = islice(windows(made_up(b"abc", b"h"), length=2, batch_size=8, seed=0), 5)
     assert {bytes(row) for batch in batches for row in batch.tolist()} == {b"ab", b"bc"}
 
 
@@ -266,4 +284,4 @@ def test_windows_reach_both_ends() -> None:
 )
 def test_impossible_windows_are_refused_at_once(length: int, batch_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        corpora.windows(made_up(b"abc", b"h"), length=length, batch_size=batch_size, seed=0)
+        windows(made_up(b"abc", b"h"), length=length, batch_size=batch_size, seed=0)

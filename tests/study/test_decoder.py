@@ -13,15 +13,9 @@ import lora_analysis as la
 from lora_analysis.adapter import Target
 from lora_analysis.study import corpora, decoder
 from lora_analysis.study.corpora import Corpus, File
-from lora_analysis.study.decoder import (
-    Decoder,
-    block_losses,
-    cache_directory,
-    initial_decoder,
-    language_loss,
-    ngram_bits,
-    pretrained_decoder,
-)
+from lora_analysis.study.decoder import Decoder, cache_directory, initial_decoder, pretrained_decoder
+from lora_analysis.study.language_losses import block_losses, language_loss, ngram_bits
+from lora_analysis.study.windows import held_out_blocks, windows
 
 STEPS = 3
 
@@ -35,7 +29,9 @@ def lines(name: str, numbers: range) -> File:
 
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
-    return Corpus("lines", (lines("a.py", range(99)),), (lines("b.py", range(100, 140)),), skipped=0, python="3.13.0")
+    return Corpus(
+        "lines", (lines("a.py", range(99)),), (lines("b.py", range(100, 140)),), skipped=0, origin="Python 3.13.0"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +148,7 @@ def test_ngram_bits_are_counts_written_out() -> None:
 def test_byte_statistics_do_not_hang_on_the_names_of_bytes(corpus: Corpus) -> None:
     control = corpora.permuted(corpus, seed=0)
     for n in (1, 2):
-        bits = [ngram_bits(c.train, corpora.held_out_blocks(c, 32)[0], n=n) for c in (corpus, control)]
+        bits = [ngram_bits(c.train, held_out_blocks(c, 32)[0], n=n) for c in (corpus, control)]
         assert bits[0] == pytest.approx(bits[1])
 
 
@@ -160,10 +156,10 @@ def test_the_record_says_what_was_done(trained: Decoder, corpus: Corpus) -> None
     record = trained.pretraining
     assert len(record.losses) == record.steps == STEPS
     assert record.tokens == STEPS * 8 * 128
-    first = next(corpora.windows(corpus, length=128, batch_size=8, seed=0))
+    first = next(windows(corpus, length=128, batch_size=8, seed=0))
     assert record.losses[0] == pytest.approx(language_loss(initial_decoder(0), first).item(), abs=NATS)
     assert record.corpus_sha256 == corpus.digest
-    ids, _ = corpora.held_out_blocks(corpus, 128)
+    ids, _ = held_out_blocks(corpus, 128)
     assert record.bits_per_byte == pytest.approx(block_losses(trained.model, ids).mean().item() / math.log(2))
     assert record.bigram_bits < record.unigram_bits < 8
 

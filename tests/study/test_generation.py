@@ -13,16 +13,14 @@ from lora_analysis.study.decoder import initial_decoder
 from lora_analysis.study.generation import (
     IGNORED,
     ByteCodec,
-    Example,
     TokenizerCodec,
     bleu,
     generated_texts,
     prompt,
-    read_examples,
-    split_by_mr,
     target_batch,
     target_loss,
 )
+from lora_analysis.study.meaning_representations import Example, read_examples, split_by_mr
 
 E2E = Path(__file__).parents[2].parent / "shared" / "data" / "text" / "e2e_nlg"
 

@@ -187,5 +187,5 @@ def test_no_model_keeps_a_dropout_whatever_it_is_called(config: PretrainedConfig
 def test_settings_that_are_unknown_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="setting: expected 'classification', 'language' or 'generation', got 'x'"):
         open_setting({"kind": "x"}, folder=tmp_path)
-    with pytest.raises(ValueError, match="'prose': expected a corpus of near, far, code, got 'prose'"):
+    with pytest.raises(ValueError, match="'prose': expected a corpus of near, far, headers, code, got 'prose'"):
         open_setting({"kind": "language", "tasks": {"prose": {}}}, folder=tmp_path)

@@ -139,6 +139,15 @@ def test_a_checkpoint_that_one_process_alone_has_is_refused(tmp_path: Path) -> N
     )
 
 
+def test_streams_that_end_at_different_steps_are_refused_and_not_waited_for(tmp_path: Path) -> None:
+    whole = UNEVEN.replace("TARGETS", "['used']").replace("CHECKPOINT", "None")
+    script = whole.replace("[torch.ones(2, 3)] * 4, loss", "iter([torch.ones(2, 3)] * (3 + rank())), loss")
+    assert script != whole
+    assert "ValueError: batches: whether there are more: expected the same in every process, got [False, True]" in (
+        failed(tmp_path, script)
+    )
+
+
 def test_every_process_has_its_own_device_under_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[object] = []
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)

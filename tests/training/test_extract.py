@@ -206,6 +206,15 @@ def test_what_does_not_fit_is_refused_and_the_model_left_alone(
     assert list(model.state_dict()) == list(before)
 
 
+def test_magnitudes_that_are_not_finite_are_refused() -> None:
+    model = base_model()
+    training.inject(model, ["0"], r=2, dora=True)
+    with torch.no_grad():
+        training.lora_layers(model)["0"].factors.lora_magnitude[1] = math.nan  # type: ignore[index]
+    with pytest.raises(UndefinedUpdateError, match="'0': expected finite magnitudes, got NaN or infinities"):
+        training.attach(base_model(), training.extract(model, dora="factors"))
+
+
 def test_a_model_takes_no_other_adapter_of_a_name_it_has() -> None:
     with pytest.raises(ValueError, match="'0': expected a model without an adapter named 'default'"):
         training.attach(trained_model(), Adapter({"0": update()}))
