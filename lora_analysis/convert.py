@@ -139,7 +139,7 @@ def convert(
     if base is not None and not isinstance(base, BaseWeights):
         base = load_base(base)
     if not isinstance(adapter, Adapter):
-        adapter = _loaded(adapter, heads, base=base, **options)
+        adapter = loaded(adapter, heads, base=base, **options)
     parts = parts_of(adapter, r=r, dtype=dtype, base=base)
     with draft(path, writer.files) as first:
         written = writer.write(parts, adapter, first, WriteOptions(component, architecture, heads))
@@ -150,8 +150,8 @@ def convert(
     return Conversion(path, to, len(written.parts), losses, errors, adapter.notes)
 
 
-def _loaded(source: str | os.PathLike[str], heads: tuple[int, int] | None, **options: Any) -> Adapter:
-    """The adapter, read with the numbers of heads where they mean something to its format."""
+def loaded(source: str | os.PathLike[str], heads: tuple[int, int] | None, **options: Any) -> Adapter:
+    """What is to be written elsewhere, read with the numbers of heads where they mean something to its format."""
     if heads is not None:
         with contextlib.suppress(UnsupportedAdapterError):
             return load_adapter(source, heads=heads, **options)

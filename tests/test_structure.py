@@ -16,7 +16,7 @@ LEVELS = [
     {"adapter", "measures"},
     {"base"},
     {"formats", "training", "diff"},
-    {"convert", "lint", "tables"},
+    {"activations", "convert", "lint", "merge", "resize", "tables"},
     {"plots"},
     {"study"},
     {"cli"},

@@ -29,11 +29,21 @@ from lora_analysis.cli.convert import convert
 from lora_analysis.cli.demo import demo
 from lora_analysis.cli.diff import diff
 from lora_analysis.cli.inspect import inspect
+from lora_analysis.cli.interference import interference
+from lora_analysis.cli.intruders import intruders
 from lora_analysis.cli.lint import lint
 from lora_analysis.cli.magnitude import magnitude
+from lora_analysis.cli.merge import merge
 from lora_analysis.cli.output import plain_text
+from lora_analysis.cli.overlap import overlap
+from lora_analysis.cli.reproducible import reproducible
+from lora_analysis.cli.resize import resize
+from lora_analysis.cli.same import same
 from lora_analysis.cli.spectrum import spectrum
+from lora_analysis.cli.strength import strength
+from lora_analysis.cli.tokens import tokens
 from lora_analysis.cli.train import train
+from lora_analysis.cli.used_rank import used_rank
 from lora_analysis.errors import LoraAnalysisError
 
 app = typer.Typer(
@@ -45,7 +55,30 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect, lint, convert, spectrum, compare, layers, amplify, magnitude, diff, train, ablate, demo):
+for command in (
+    inspect,
+    lint,
+    convert,
+    used_rank,
+    resize,
+    spectrum,
+    compare,
+    layers,
+    same,
+    reproducible,
+    strength,
+    amplify,
+    intruders,
+    overlap,
+    tokens,
+    interference,
+    merge,
+    magnitude,
+    diff,
+    train,
+    ablate,
+    demo,
+):
     app.command()(command)
 
 

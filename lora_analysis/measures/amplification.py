@@ -11,9 +11,9 @@ G and the spectrum of W come from ``weight``; what chance alone gives is in ``pr
 
 Measures
 --------
-``amplification`` (every figure at every k), ``gain_split``; the closed forms ``amplification_factor``,
-``amplification_null``, ``projected_null_rms``, ``gain``, ``ceiling_fraction``, which also take the numbers
-printed in a paper.
+``amplification`` (every figure at every k), ``gain_split`` and ``gains_of``, ``sign_p``; the closed forms
+``amplification_factor``, ``amplification_null``, ``projected_null_rms``, ``gain``, ``ceiling_fraction``, which also
+take the numbers printed in a paper.
 
 References
 ----------
@@ -27,10 +27,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from lora_analysis.measures.projection_null import projection_null
-from lora_analysis.measures.weight import WeightSpectrum, require_shape, weight_norm, weight_product
+from lora_analysis.measures.weight import WeightSpectrum, weight_norm, weight_rows
 from lora_analysis.update import Svd
 
 
@@ -172,17 +173,43 @@ def gain_split(weight: Tensor, svd: Svd) -> tuple[float, float]:
     >>> gain_split(torch.eye(4), Svd(first, torch.tensor([1.0]), first.mT))
     (1.0, 2.0)
     """
-    require_shape(weight, svd)
-    d_out, d_in = weight.shape
-    k = len(svd.S)
-    norm = weight_norm(weight)
-    rows = weight_product(weight.mT, svd.U.to(weight.device, torch.float64)).mT
-    projected = float((rows @ svd.V.to(weight.device, torch.float64)).norm())
-    one_sided = float(rows.norm())
+    rows = weight_rows(weight, svd)
+    shape = (weight.shape[0], weight.shape[1])
+    return gains_of(float(rows.norm()), float((rows @ svd.V.double()).norm()), weight_norm(weight), len(svd.S), shape)
+
+
+def gains_of(
+    one_sided: float, projected: float, norm_base: float, k: int, shape: tuple[int, int]
+) -> tuple[float, float]:
+    """``gain_split`` of the norms of ``U.T @ W``, ``U.T @ W @ V`` and W."""
     return (
-        _ratio(one_sided, norm * math.sqrt(k / d_out)),
-        _ratio(projected, one_sided * math.sqrt(k / d_in)),
+        _ratio(one_sided, norm_base * math.sqrt(k / shape[0])),
+        _ratio(projected, one_sided * math.sqrt(k / shape[1])),
     )
+
+
+def sign_p(signed_positive: float, k: int) -> float:
+    """Two-sided exact p of the number of positive ``g_l``; each is positive or negative alike by chance.
+
+    Independently so: turning the sign of any u_l leaves the law of random directions as it is.
+
+    Parameters
+    ----------
+    signed_positive : float
+        Share of the k that is positive.
+    k : int
+
+    Returns
+    -------
+    float
+        In (0, 1]; at least 2**(1 - k).
+
+    Examples
+    --------
+    >>> sign_p(1.0, 4), sign_p(0.5, 4)
+    (0.125, 1.0)
+    """
+    return float(stats.binomtest(round(signed_positive * k), k).pvalue)
 
 
 def amplification_factor(norm_update: float, projected: float) -> float:

@@ -26,9 +26,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from lora_analysis.update import DenseUpdate, LowRankUpdate, Svd, Update
+from lora_analysis.update import LowRankUpdate, Svd, Update, rows_of
 
 _CANCELLATION = 1e-5
 """‖a‖‖b‖ / (Σ‖rank-one terms of a‖ Σ‖those of b‖) below which the sum over factors has lost five digits or
@@ -237,7 +236,7 @@ def sign_conflict(updates: Sequence[Update], *, block_rows: int = 256) -> float:
     conflicts = counted = 0
     for start in range(0, d_out, block_rows):
         rows = slice(start, start + block_rows)
-        blocks = [_rows(update, rows) for update in updates]
+        blocks = [rows_of(update, rows) for update in updates]
         positive = torch.stack([block > 0 for block in blocks]).any(dim=0)
         negative = torch.stack([block < 0 for block in blocks]).any(dim=0)
         conflicts += int((positive & negative).sum())
@@ -249,15 +248,6 @@ def _sum_of_terms(update: LowRankUpdate) -> float:
     """``|scale| sum(||up[:, l]|| ||down[l]||)``, >= ||ΔW||_F: how much the rank-one terms may cancel."""
     lengths = update.up.double().norm(dim=0) * update.down.double().norm(dim=1)
     return abs(update.scale) * float(lengths.sum())
-
-
-def _rows(update: Update, rows: slice) -> Tensor:
-    """Some rows of ΔW in float64."""
-    if isinstance(update, LowRankUpdate):
-        return update.scale * (update.up[rows].double() @ update.down.double())
-    if isinstance(update, DenseUpdate):
-        return update.scale * update.matrix[rows].double()
-    return update.dense()[rows]
 
 
 def _require_one_shape(updates: Sequence[Update]) -> None:

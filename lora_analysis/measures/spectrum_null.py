@@ -12,7 +12,7 @@ by the Frobenius norm of each draw, ``S / S.norm(dim=1, keepdim=True)``.
 
 Measures
 --------
-``spectrum_null``.
+``spectrum_null``, and ``triangular_factors`` that it is made of.
 
 References
 ----------
@@ -83,12 +83,12 @@ def spectrum_null(shape: tuple[int, int], r: int, *, draws: int = 1000, seed: in
     chunk = max(1, _CHUNK // max(1, r * max(min(r, d_out), min(r, d_in))))
     for start in range(0, draws, chunk):
         size = min(chunk, draws - start)
-        up, down = _triangular_factors(rng, size, d_out, r), _triangular_factors(rng, size, d_in, r)
+        up, down = triangular_factors(rng, size, d_out, r), triangular_factors(rng, size, d_in, r)
         S[start : start + size] = torch.linalg.svdvals(up @ down.mT)
     return S
 
 
-def _triangular_factors(rng: np.random.Generator, draws: int, d: int, r: int) -> Tensor:
+def triangular_factors(rng: np.random.Generator, draws: int, d: int, r: int) -> Tensor:
     """Draws of R with the law of ``R.T @ R = X.T @ X``, X Gaussian (d, r); shape (draws, min(d, r), r)."""
     factors = rng.standard_normal((draws, min(d, r), r))
     if r <= d:

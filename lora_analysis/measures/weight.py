@@ -8,8 +8,9 @@ that norms and products need no copy of W; the spectrum takes one. All numbers a
 
 Measures
 --------
-``projected_weight`` (``G = U.T @ W @ V``), ``weight_spectrum`` (the top of W's singular values and two moments
-of all of them), ``weight_norm``, ``weight_product``; ``require_shape`` refuses a W that is not the update's.
+``weight_rows`` (``U.T @ W``), ``projected_weight`` (``G = U.T @ W @ V``), ``weight_spectrum`` (the top of W's
+singular values and two moments of all of them), ``weight_norm``, ``weight_product``; ``require_shape`` refuses a W
+that is not the update's.
 
 References
 ----------
@@ -70,6 +71,38 @@ class WeightSpectrum:
     norm: float
     fourth_moment: float
     complete: bool
+
+
+def weight_rows(weight: Tensor, svd: Svd) -> Tensor:
+    """W in the output directions of an update, ``U.T @ W``.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (d_out, d_in)
+    svd : Svd
+        Of the update, k triples.
+
+    Returns
+    -------
+    Tensor, shape (k, d_in)
+        Float64, in the unit of W.
+
+    Raises
+    ------
+    BaseWeightsError
+        If W does not have the update's shape, or holds NaN or infinities.
+
+    Examples
+    --------
+    >>> second = torch.eye(2, dtype=torch.float64)[:, 1:]
+    >>> weight_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), Svd(second, torch.ones(1), second.mT)).tolist()
+    [[3.0, 4.0]]
+    """
+    require_shape(weight, svd)
+    rows = weight_product(weight.mT, svd.U.to(weight.device, torch.float64)).mT
+    if not bool(rows.isfinite().all()):
+        raise BaseWeightsError(_NON_FINITE)
+    return rows.to(svd.S.device)
 
 
 def projected_weight(weight: Tensor, svd: Svd) -> Tensor:

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from lora_analysis.adapter import Adapter
+from lora_analysis.measures.shared_start import shared_rows
 from lora_analysis.measures.spectrum import numerical_rank
 from lora_analysis.measures.subspace import subspace_similarity
 from lora_analysis.study.amplification_evidence import amplification_rows, top_direction_rows
 from lora_analysis.study.chance import Nulls
-from lora_analysis.study.claims.initialisation import shared_rows
 from lora_analysis.study.compared import compared_pairs, grid, rank_pair
 from lora_analysis.study.evidence import Study
 from lora_analysis.study.plan import Run

@@ -20,13 +20,24 @@ by spaces that say why a value is missing or weak:
 ``zero-base``
     W = 0: its norms are 0, what divides by them is NaN.
 ``outside-base``
-    W has no part in the directions of ΔW_k: the amplification factor is infinite.
+    W has no part in the directions of ΔW_k: the amplification factor is infinite. Of a part of the spectrum: what
+    none of W's singular directions reaches.
+``base-top-only``
+    Only the top singular vectors of W were computed: cosines are bounds, and directions may be undecided.
 ``r>d``
     r exceeds the smaller side of the matrix.
 ``dora-low-rank-part``
     A magnitude rescales the merged weight (DoRA): the update is s·B·A alone; given the base it is the whole.
 ``less-initial``
     The product that training began with is taken off (``initial=``); r is the sum of both.
+``no-chance``
+    No product of two factors, whose spectrum by chance is not known.
+``start-unknown``
+    A is like no known initialisation: its variance is taken from the bulk of its singular values.
+``same-start``
+    Two adapters began with the same rows of A: what they share on the input side is no sign of learning.
+``inputs-unseen``
+    No inputs of the module were collected.
 ``ambiguous-layout``
     The file allows another reading of the same tensors; the adapter's notes say which.
 
@@ -35,23 +46,40 @@ Modules are worked on by a pool of threads with one BLAS thread each; results do
 Tables
 ------
 ``inspect_table``, ``spectrum_table``, ``similarity_table``, ``amplification_table``, ``magnitude_table``,
-``truncation_table``; ``write_table``.
+``truncation_table``, ``intruder_table``, ``spectrum_overlap_table``, ``used_rank_table``, ``reproducible_table``,
+``strength_table``, ``token_table``, ``sameness_table``, ``interference_table``; ``write_table``.
 """
 
 from lora_analysis.tables.amplification import amplification_table
 from lora_analysis.tables.frames import write_table
 from lora_analysis.tables.inspection import inspect_table
+from lora_analysis.tables.interference import interference_table
+from lora_analysis.tables.intruders import intruder_table
 from lora_analysis.tables.magnitude import magnitude_table
+from lora_analysis.tables.reproducible import reproducible_table
+from lora_analysis.tables.sameness import sameness_table
 from lora_analysis.tables.similarity import similarity_table
 from lora_analysis.tables.spectrum import spectrum_table
+from lora_analysis.tables.spectrum_overlap import spectrum_overlap_table
+from lora_analysis.tables.strength import strength_table
+from lora_analysis.tables.tokens import token_table
 from lora_analysis.tables.truncation import truncation_table
+from lora_analysis.tables.used_rank import used_rank_table
 
 __all__ = [
     "amplification_table",
     "inspect_table",
+    "interference_table",
+    "intruder_table",
     "magnitude_table",
+    "reproducible_table",
+    "sameness_table",
     "similarity_table",
+    "spectrum_overlap_table",
     "spectrum_table",
+    "strength_table",
+    "token_table",
     "truncation_table",
+    "used_rank_table",
     "write_table",
 ]

@@ -14,15 +14,16 @@ from lora_analysis.adapter import Adapter, Module, Target
 from lora_analysis.base import BaseWeights
 from lora_analysis.errors import BaseWeightsError, UndefinedUpdateError
 from lora_analysis.measures import spectrum
-from lora_analysis.measures.amplification import Amplification, amplification, projected_null_rms
-from lora_analysis.measures.projection_null import projection_null_draws
-from lora_analysis.measures.weight import WeightSpectrum, projected_weight, weight_spectrum
+from lora_analysis.measures.amplification import Amplification, amplification, gains_of, projected_null_rms, sign_p
+from lora_analysis.measures.projection_null import projection_null, projection_null_draws
+from lora_analysis.measures.weight import WeightSpectrum, weight_rows, weight_spectrum
 from lora_analysis.tables.directions import last_k
 from lora_analysis.tables.frames import as_adapters, frame, module_flags
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.update import with_scale
 
-COLUMNS = ("adapter", "module", "k", *Amplification._fields, "projected_top_error", "flags")
+SPLIT = ("gain_out", "gain_out_z", "gain_in", "sign_p")
+COLUMNS = ("adapter", "module", "k", *Amplification._fields, "projected_top_error", *SPLIT, "flags")
 _SCALE_BOUND = ("norm_update", "amplification", "amplification_null")
 
 
@@ -56,7 +57,10 @@ def amplification_table(
     -------
     DataFrame
         One row per module and k; the columns are those of ``measures.amplification.Amplification``, and
-        ``projected_top_error``, which ``projected_top`` is within by the residuals of W's decomposition. At k
+        ``projected_top_error``, which ``projected_top`` is within by the residuals of W's decomposition. The gain is
+        the product of ``gain_out``, that of the output directions (with its standard score ``gain_out_z``), and
+        ``gain_in``, that of the input directions given those: 1 while A is still random. ``sign_p`` is the exact p
+        of ``signed_positive``. At k
         everything uses the best rank-k part ΔW_k, so k = r is the paper's figure. Rows with k beyond the
         numerical rank are NaN, flagged ``beyond-rank``; where the scale is unknown, ``norm_update`` and the
         two amplifications are NaN.
@@ -138,8 +142,15 @@ def _rows(
     figures: dict[int, dict[str, float]] = {}
     if svd is not None and usable:
         top = svd.top(max(usable))
-        measured = amplification(projected_weight(weight, top), top.S, whole, module.shape, usable, null_draws=null)
+        rows_of_weight = weight_rows(weight, top)
+        G = rows_of_weight @ top.V
+        measured = amplification(G, top.S, whole, module.shape, usable, null_draws=null)
         columns = {field: getattr(measured, field).tolist() for field in Amplification._fields}
+        lengths = rows_of_weight.square().sum(1).cumsum(0).sqrt()
+        split = [_split(float(lengths[k - 1]), float(G[:k, :k].norm()), whole, k, module.shape) for k in usable]
+        columns |= {field: [values[field] for values in split] for field in SPLIT[:3]}
+        positive = columns["signed_positive"]
+        columns["sign_p"] = [math.nan if math.isnan(x) else sign_p(x, k) for x, k in zip(positive, usable, strict=True)]
         figures = {k: {field: columns[field][row] for field in columns} for row, k in enumerate(usable)}
     hidden = {} if known else dict.fromkeys(_SCALE_BOUND, math.nan)
     rows = []
@@ -163,10 +174,20 @@ def _rows(
     return rows
 
 
+def _split(
+    one_sided: float, projected: float, whole: WeightSpectrum, k: int, shape: tuple[int, int]
+) -> dict[str, float]:
+    gain_out, gain_in = gains_of(one_sided, projected, whole.norm, k, shape)
+    # U.T @ W is U.T @ W @ V for a V that is a whole basis.
+    mean, variance = projection_null(shape, k, shape[1], whole.norm**2, whole.fourth_moment)
+    z = (one_sided**2 - mean) / math.sqrt(variance) if k > 1 and variance > 0 else math.nan
+    return {"gain_out": gain_out, "gain_out_z": z, "gain_in": gain_in}
+
+
 def _without_update(whole: WeightSpectrum, shape: tuple[int, int], k: int, *, zero: bool) -> dict[str, float]:
     """The columns that hold without any direction of ΔW to project on."""
     known = k <= len(whole.S)
-    return dict.fromkeys(Amplification._fields, math.nan) | {
+    return dict.fromkeys((*Amplification._fields, *SPLIT), math.nan) | {
         "norm_update": 0.0 if zero else math.nan,
         "norm_base": whole.norm,
         "projected_top": float(whole.S[:k].norm()) if known else math.nan,

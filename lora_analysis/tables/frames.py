@@ -17,7 +17,7 @@ from pyarrow import parquet
 from lora_analysis.adapter import Adapter, Module
 
 SUFFIXES = (".csv", ".parquet", ".json")
-LIST_COLUMNS = ("singular_values", "noise_floors")
+LIST_COLUMNS = ("singular_values", "noise_floors", "truncation_errors", "tokens", "token_ids", "cosines")
 """Columns that hold a list of numbers, or nothing."""
 
 

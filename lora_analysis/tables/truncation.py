@@ -31,7 +31,7 @@ def truncation_table(adapter: Adapter | Sequence[Adapter]) -> pd.DataFrame:
     Parameters
     ----------
     adapter : Adapter or sequence of Adapter
-        From ``diff`` with ``r`` or ``energy``.
+        From ``diff`` with ``r`` or ``energy``, or from ``resize``.
 
     Returns
     -------

@@ -21,6 +21,7 @@ from lora_analysis.update.dense import DenseUpdate
 from lora_analysis.update.kronecker import KroneckerUpdate
 from lora_analysis.update.low_rank import CERTIFIED_CONDITION, LowRankUpdate, distance, factors
 from lora_analysis.update.protocol import Svd, Update, rounding_error, with_scale
+from lora_analysis.update.rows import rows_of
 
 __all__ = [
     "CERTIFIED_CONDITION",
@@ -32,5 +33,6 @@ __all__ = [
     "distance",
     "factors",
     "rounding_error",
+    "rows_of",
     "with_scale",
 ]

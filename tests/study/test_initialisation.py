@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lora_analysis.study.claims.initialisation import shared_rows, shared_starts
+from lora_analysis.measures.shared_start import shared_rows
+from lora_analysis.study.claims.initialisation import shared_starts
 from lora_analysis.training.initial import initial_down
 
 D = 64

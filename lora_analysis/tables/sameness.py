@@ -1,0 +1,191 @@
+"""Are two adapters the same thing? Asked of their start, their updates, their subspaces and what they do to inputs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+import torch
+
+from lora_analysis.activations import Activations
+from lora_analysis.adapter import Adapter
+from lora_analysis.errors import LoraAnalysisError, UndefinedUpdateError
+from lora_analysis.measures.haar_frames import update_cosine_null
+from lora_analysis.measures.interference import update_cosine, update_cosine_null_sd
+from lora_analysis.measures.null import SimilarityNull, similarity_null
+from lora_analysis.measures.shared_start import shared_rows
+from lora_analysis.measures.spectrum import energy_rank, numerical_rank
+from lora_analysis.measures.subspace import corrected_similarity, grassmann_distance, subspace_similarity
+from lora_analysis.tables.directions import leading
+from lora_analysis.tables.frames import frame, module_flags
+from lora_analysis.tables.pool import over_modules
+from lora_analysis.update import LowRankUpdate, Svd, with_scale
+
+SHARED = 0.1
+"""Share of A's rows from which two adapters count as begun alike."""
+
+SIDES = ("in", "out")
+_BY_SIDE = ("m", "n", "phi", "phi_corrected", "phi_p", "k90_a", "k90_b", "chordal", "chordal_chance", "geodesic")
+COLUMNS = (
+    "adapter_a",
+    "adapter_b",
+    "module",
+    "rows_shared",
+    "cosine",
+    "cosine_null_sd",
+    "cosine_p",
+    "norm_ratio",
+    *(f"{name}_{side}" for side in SIDES for name in _BY_SIDE),
+    "agreement",
+    "flags",
+)
+_COUNTS = tuple(f"{name}_{side}" for side in SIDES for name in ("m", "n", "k90_a", "k90_b"))
+
+
+def sameness_table(
+    a: Adapter,
+    b: Adapter,
+    *,
+    activations: Activations | None = None,
+    draws: int = 1999,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """One line for each module that two adapters have, by every sense in which their updates can be the same.
+
+    Parameters
+    ----------
+    a, b : Adapter
+        Of one base.
+    activations : Activations, optional
+        Of ``collect_activations`` for [a, b], for ``agreement``.
+    draws, seed : int
+        Of the nulls that have no closed form.
+    workers : int, optional
+        Threads, the cores of the machine by default.
+    progress : bool
+        Show a progress bar on stderr.
+
+    Returns
+    -------
+    DataFrame
+        One row per module. ``rows_shared`` is the share of A's rows that both began with, as far as trained A's tell;
+        from a tenth on the row is flagged ``same-start``: likeness on the side ``in`` is then no sign of learning.
+        ``cosine`` is that of the updates as vectors, ``cosine_p`` two-sided against updates of the same spectra turned
+        at random; ``norm_ratio`` is the smaller norm over the larger. On either side: ``phi`` of all m and n directions
+        (1 where one subspace holds the other), ``phi_corrected`` (0 by chance), ``phi_p``; and between the directions
+        that hold 90 % of the energy, ``k90_a`` and ``k90_b`` of them, ``chordal`` with its root mean square by chance,
+        and ``geodesic`` (radians). ``agreement`` is linear CKA of what the updates add on inputs. Where a scale is
+        unknown ``norm_ratio`` is NaN and all else holds.
+
+    Raises
+    ------
+    LoraAnalysisError
+        If no module of one shape is in both.
+
+    References
+    ----------
+    Hu et al. 2021, arXiv:2106.09685, section 7.2; Ye and Lim 2016, arXiv:1407.0900 (different dimensions); Kornblith et
+    al. 2019, arXiv:1905.00414.
+
+    Examples
+    --------
+    >>> import lora_analysis as la
+    >>> e = torch.eye(64)
+    >>> a, b = (la.Adapter({"q": la.LowRankUpdate(e[:, :2], e[i : i + 2], scale=1.0)}) for i in (0, 1))
+    >>> row = sameness_table(a, b, draws=99).iloc[0]
+    >>> row["phi_in"], row["phi_out"], row["cosine"]
+    (0.5, 1.0, 0.0)
+    """
+    names = [name for name in a if name in b and a.modules[name].shape == b.modules[name].shape]
+    if not names:
+        raise LoraAnalysisError(
+            f"{a.source} and {b.source}: expected modules of one name and shape, got none. Compare adapters of one base."
+        )
+    rows = over_modules(
+        lambda name: _row(a, b, name, activations, draws, seed),
+        names,
+        workers=workers,
+        progress=progress,
+        description="Sameness",
+    )
+    nulls: dict[tuple[int, int, int], SimilarityNull] = {}
+    for row in rows:
+        for side in SIDES:
+            _add_chance(row, side, nulls, draws, seed)
+    return frame(rows, COLUMNS, counts=_COUNTS)
+
+
+def _row(a: Adapter, b: Adapter, name: str, activations: Activations | None, draws: int, seed: int) -> dict[str, Any]:
+    modules = a.modules[name], b.modules[name]
+    shape = modules[0].shape
+    flags = list(dict.fromkeys(word for module in modules for word in module_flags(module)))
+    known = "unknown-scale" not in flags
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, math.nan) | dict.fromkeys(_COUNTS, pd.NA)
+    row |= {
+        "adapter_a": a.source,
+        "adapter_b": b.source,
+        "module": name,
+        "cosine_null_sd": update_cosine_null_sd(shape),
+        "_d": shape,
+    }
+    updates = [
+        adapter[name] if module.scale_source != "unknown" else with_scale(adapter[name], 1.0)
+        for adapter, module in zip((a, b), modules, strict=True)
+    ]
+    if all(isinstance(u, LowRankUpdate) and u.finite for u in updates) and not any(m.embedding for m in modules):
+        first, second = (u.down for u in updates if isinstance(u, LowRankUpdate))
+        row["rows_shared"] = shared_rows(first, second, trained=True)
+        flags += ["same-start"] * (row["rows_shared"] >= SHARED)
+    try:
+        svds = [update.svd(leading(module, update)) for module, update in zip(modules, updates, strict=True)]
+    except UndefinedUpdateError:
+        return row | {"flags": " ".join([*flags, "nonfinite"])}
+    tops = [svd.top(numerical_rank(svd.S, shape)) for svd in svds]
+    if not all(len(top.S) for top in tops):
+        return row | {"flags": " ".join([*flags, "zero"])}
+    cosine = update_cosine(*updates)
+    null = update_cosine_null(tops[0].S, tops[1].S, shape, draws=draws, seed=seed)
+    row |= {"cosine": cosine, "cosine_p": (1 + int((null.abs() >= abs(cosine)).sum())) / (draws + 1)}
+    if known:
+        norms = sorted(update.norm() for update in updates)
+        row["norm_ratio"] = norms[0] / norms[1]
+    for side in SIDES:
+        row |= {f"{field}_{side}": value for field, value in _subspaces(*tops, side).items()}
+    if activations is not None and (0, name) in activations.moments and (1, name) in activations.moments:
+        row["agreement"] = activations.agreement(0, 1, name)
+    return row | {"flags": " ".join(flags)}
+
+
+def _subspaces(a: Svd, b: Svd, side: str) -> dict[str, Any]:
+    first, second = ((svd.V if side == "in" else svd.U) for svd in (a, b))
+    k_a, k_b = energy_rank(a.S, 0.9), energy_rank(b.S, 0.9)
+    held = first[:, :k_a], second[:, :k_b]
+    return {
+        "m": len(a.S),
+        "n": len(b.S),
+        "phi": float(subspace_similarity(first, second)[-1, -1]),
+        "k90_a": k_a,
+        "k90_b": k_b,
+        "chordal": grassmann_distance(*held),
+        "geodesic": grassmann_distance(*held, kind="geodesic"),
+    }
+
+
+def _add_chance(
+    row: dict[str, Any], side: str, nulls: dict[tuple[int, int, int], SimilarityNull], draws: int, seed: int
+) -> None:
+    if row[f"m_{side}"] is pd.NA:
+        return
+    d, m, n = row["_d"][1 if side == "in" else 0], row[f"m_{side}"], row[f"n_{side}"]
+    if (d, m, n) not in nulls:
+        nulls[d, m, n] = similarity_null(d, m, n, draws=draws, seed=seed)
+    null, phi = nulls[d, m, n], torch.tensor([row[f"phi_{side}"]], dtype=torch.float64)
+    mean = torch.tensor([max(m, n) / d], dtype=torch.float64)
+    row[f"phi_corrected_{side}"] = float(corrected_similarity(phi, mean))
+    row[f"phi_p_{side}"] = float(null.p(phi, cells=[(m, n)]))
+    k_a, k_b = row[f"k90_a_{side}"], row[f"k90_b_{side}"]
+    # E of the squared chordal distance: p - ij/d principal angles, and 1 for each dimension that is missing.
+    row[f"chordal_chance_{side}"] = math.sqrt(max(k_a, k_b) - k_a * k_b / d)
