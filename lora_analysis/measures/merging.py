@@ -92,10 +92,7 @@ def merged_svd(
     cores = basis.cores * torch.tensor(factors, dtype=torch.float64, device=basis.cores.device)[:, None, None]
     if method == "knots":
         return _knots(cores, basis.Q_out, basis.Q_in, density)
-    if method == "tsv":
-        core = _task_singular_vectors(cores, [len(svd.S) for svd in svds], keep)
-    else:
-        core = cores.sum(0)
+    core = _task_singular_vectors(cores, [len(svd.S) for svd in svds], keep) if method == "tsv" else cores.sum(0)
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     if method == "iso-c":
         S = torch.full_like(S, float(S.mean()) if len(S) else 0.0)

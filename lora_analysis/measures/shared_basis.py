@@ -103,7 +103,7 @@ def subspace_alignment_ratio(cores: Tensor, *, norm_share: float = 0.95) -> Tens
 
     Examples
     --------
-    >>> subspace_alignment_ratio(torch.stack([torch.diag(torch.tensor([3.0, 0.0])), torch.diag(torch.tensor([0.0, 0.1]))]))
+    >>> subspace_alignment_ratio(torch.diag_embed(torch.tensor([[3.0, 0.0], [0.0, 0.1]])))
     tensor([1., 0.], dtype=torch.float64)
     """
     if not 0 < norm_share <= 1:

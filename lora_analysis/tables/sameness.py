@@ -102,7 +102,8 @@ def sameness_table(
     names = [name for name in a if name in b and a.modules[name].shape == b.modules[name].shape]
     if not names:
         raise LoraAnalysisError(
-            f"{a.source} and {b.source}: expected modules of one name and shape, got none. Compare adapters of one base."
+            f"{a.source} and {b.source}: expected modules of one name and shape, got none. "
+            "Compare adapters of one base."
         )
     rows = over_modules(
         lambda name: _row(a, b, name, activations, draws, seed),
