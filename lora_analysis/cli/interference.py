@@ -71,6 +71,6 @@ def interference(
     explain(
         "cos: of the updates, in standard deviations of chance (five make a finding). STI: interference of singular "
         "vectors over Σσ, and what random ones give. SAR: share of an update in the leading directions of the sum. "
-        "signs: entries on which updates disagree, half by chance for two. avg. error: what averaging factors gets wrong of "
-        "averaging updates. None of them decides: compare merges by them, and evaluate."
+        "signs: entries on which updates disagree, half by chance for two. avg. error: what averaging factors gets "
+        "wrong of averaging updates. None of them decides: compare merges by them, and evaluate."
     )
