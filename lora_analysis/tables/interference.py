@@ -113,8 +113,9 @@ def interference_table(
     >>> import lora_analysis as la
     >>> e = torch.eye(64)
     >>> a, b = (la.Adapter({"q": la.LowRankUpdate(e[:, i : i + 2], e[i : i + 2], scale=1.0)}) for i in (0, 1))
-    >>> interference_table([a, b])[["cosine", "union_rank", "rank_sum"]].values.round(12).tolist()
-    [[0.5, 3.0, 4.0]]
+    >>> row = interference_table([a, b]).iloc[0]
+    >>> round(row["cosine"], 12), row["union_rank"], row["rank_sum"]
+    (0.5, 3, 4)
     """
     if len(adapters) < 2:
         raise ValueError(f"adapters: expected two or more, got {len(adapters)}.")

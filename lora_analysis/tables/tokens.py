@@ -79,7 +79,7 @@ def token_table(
 
     Examples
     --------
-    >>> import lora_analysis as la
+    >>> import torch, lora_analysis as la
     >>> base = la.load_base({"wte.weight": torch.eye(4), "h.0.q.weight": torch.eye(4)})
     >>> update = la.LowRankUpdate(torch.eye(4)[:, 2:3], torch.eye(4)[1:2], scale=1.0)
     >>> table = token_table(la.Adapter({"h.0.q": update}), base, "abcd".__getitem__, top=1)
