@@ -145,7 +145,7 @@ def reached_part(weight: Tensor, vectors: Tensor, sigma_max: float) -> tuple[Ten
     """
     p = weight.shape[1]
     gram = torch.zeros(p, p, dtype=torch.float64, device=weight.device)
-    for rows in weight.detach().split(_ROWS):
+    for rows in torch.split(weight.detach(), _ROWS):
         block = rows.double()
         gram.addmm_(block.mT, block)
     floor = _CONDITION * sigma_max
