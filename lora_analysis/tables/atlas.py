@@ -86,7 +86,7 @@ class Atlas:
         return found
 
     def adapters(self) -> pd.DataFrame:
-        """One row per adapter: norm, mean and largest cosine with the others, robust scores, and whether it stands apart."""
+        """One row per adapter: norm, cosines with the others, robust scores of both, and whether it stands apart."""
         count = len(self.sources)
         others = self.cosine.copy()
         np.fill_diagonal(others, np.nan)
