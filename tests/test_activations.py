@@ -113,7 +113,7 @@ def test_convolutions_see_their_patches() -> None:
     kernel = delta.dense().reshape(4, 3, 3, 3)
     added = nn.functional.conv2d(x, kernel, stride=2, padding=1)
     assert found.update_square * found.count == pytest.approx(float(added.square().sum()), rel=1e-9)
-    plain = nn.functional.conv2d(x, conv[0].weight, stride=2, padding=1)
+    plain = nn.functional.conv2d(x, conv[0].weight.detach(), stride=2, padding=1)
     assert found.relative == pytest.approx(float(added.norm() / plain.norm()), rel=1e-9)
 
 
@@ -123,7 +123,7 @@ def test_rows_of_a_fused_weight_are_held_against_their_own_outputs() -> None:
     found = collect_activations(
         model, [random(20, 8, seed=1).double()], la.Adapter({"0.k": update(4, 8, 2)}, targets={"0.k": target})
     )
-    X, W = random(20, 8, seed=1).double(), model[0].weight[4:8]
+    X, W = random(20, 8, seed=1).double(), model[0].weight[4:8].detach()
     delta = update(4, 8, 2).dense()
     expected = (X @ delta.mT).norm() / (X @ W.mT).norm()
     assert found.moments[0, "0.k"].relative == pytest.approx(float(expected), rel=1e-9)
