@@ -13,6 +13,7 @@ Values
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -130,8 +131,9 @@ def claims_text(claims: Sequence[Claim], plan: Plan) -> list[str]:
     """The claims as lines of 80 columns: the verdict of each, what the paper says, and what was found."""
     counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in SAYS}
     summary = ", ".join(f"{counts[verdict]} {words}" for verdict, words in SAYS.items() if counts[verdict])
+    rate = plan.recipe.lr.get("lora", math.nan)
     scale = (
-        "rsLoRA's scale, alpha / sqrt(r), with one learning rate for all ranks"
+        f"rsLoRA's scale, alpha / sqrt(r), with one learning rate for all ranks, {rate:g}"
         if plan.recipe.scaling == "rslora"
         else "LoRA's scale, alpha / r, with a learning rate tuned at each rank"
     )
