@@ -110,7 +110,8 @@ class InputMoments:
     def singular_values(self) -> Tensor:
         """Those of ``ΔW Σ^{1/2}``: ΔW weighted by how much the inputs use its directions; shape (k,), descending."""
         half = self.svd.S[:, None] * self.second * self.svd.S
-        return torch.linalg.eigvalsh(half).flip(0).clamp_min(0).sqrt()
+        values: Tensor = torch.linalg.eigvalsh(half).flip(0).clamp_min(0).sqrt()
+        return values
 
     @property
     def mean_cosine(self) -> float:
@@ -363,7 +364,7 @@ def _rows_of_inputs(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Te
     bias = getattr(module, "bias", None)
     if isinstance(module, nn.Conv2d):
         options = {name: getattr(module, name) for name in ("dilation", "padding", "stride")}
-        x = F.unfold(x.double(), module.kernel_size, **options).mT.flatten(0, 1)  # type: ignore[arg-type]
+        x = F.unfold(x.double(), module.kernel_size, **options).mT.flatten(0, 1)
         y = y.double().flatten(2).mT.flatten(0, 1)
     else:
         x, y = x.double().flatten(0, -2), y.double().flatten(0, -2)

@@ -57,7 +57,7 @@ def haar_frames(d: int, sizes: Sequence[int], *, draws: int, seed: int = 0) -> l
         raise ValueError(f"expected draws of at least 1 and frames of 0 to {d} columns, got {draws} and {list(sizes)}.")
     coordinates = triangular_factors(np.random.default_rng(seed), draws, d, sum(sizes))
     frames = []
-    for block in coordinates.split(list(sizes), dim=2):
+    for block in torch.split(coordinates, list(sizes), dim=2):
         Q, R = torch.linalg.qr(block)
         # With positive diagonals the factor is unique, and Q is uniform.
         frames.append(Q * R.diagonal(dim1=1, dim2=2).sign()[:, None] if block.shape[2] else Q)
@@ -96,4 +96,5 @@ def update_cosine_null(S_a: Tensor, S_b: Tensor, shape: tuple[int, int], *, draw
     left = haar_frames(shape[0], sizes, draws=draws, seed=seed)
     right = haar_frames(shape[1], sizes, draws=draws, seed=seed + 1)
     outputs, inputs = left[0].mT @ left[1], right[0].mT @ right[1]
-    return ((a[:, None] * outputs * inputs * b).sum((1, 2)) / lengths).sort().values
+    cosines: Tensor = (a[:, None] * outputs * inputs * b).sum((1, 2)) / lengths
+    return cosines.sort().values

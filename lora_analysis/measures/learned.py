@@ -49,7 +49,7 @@ class LearnedDirections(NamedTuple):
 
     Attributes
     ----------
-    count : int
+    learned : int
         Singular values above ``edge``.
     p : float
         Of the largest, by chance: (1 + draws at least as large) / (draws + 1).
@@ -64,7 +64,7 @@ class LearnedDirections(NamedTuple):
         The count against a start of the variance that the median implies.
     """
 
-    count: int
+    learned: int
     p: float
     edge: float
     bulk: float
@@ -117,7 +117,8 @@ def initial_spectrum_null(r: int, d_in: int, *, law: Law = "uniform", draws: int
         raise ValueError(f"expected r, d_in and draws of at least 1, got r={r}, d_in={d_in}, draws={draws}.")
     rng = np.random.default_rng(seed)
     if law == "normal":
-        return torch.linalg.svdvals(triangular_factors(rng, draws, d_in, r))
+        normal: Tensor = torch.linalg.svdvals(triangular_factors(rng, draws, d_in, r))
+        return normal
     if law != "uniform":
         raise ValueError(f"law: expected 'uniform' or 'normal', got {law!r}.")
     found = []
@@ -156,10 +157,10 @@ def learned_directions(down: Tensor, null: Tensor, *, sd: float | None = None) -
     >>> generator = torch.Generator().manual_seed(0)
     >>> start = (2 * torch.rand(8, 512, generator=generator) - 1) / 512**0.5
     >>> null = initial_spectrum_null(8, 512)
-    >>> learned_directions(start, null).count
+    >>> learned_directions(start, null).learned
     0
     >>> learned = torch.outer(torch.ones(8), torch.ones(512)) / (8 * 512) ** 0.5  # of norm 1
-    >>> learned_directions(start + learned, null).count
+    >>> learned_directions(start + learned, null).learned
     1
     """
     if down.dim() != 2 or null.dim() != 2 or null.shape[1] != min(down.shape):

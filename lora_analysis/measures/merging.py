@@ -116,7 +116,8 @@ def _task_singular_vectors(cores: Tensor, ranks: Sequence[int], keep: float) -> 
 
 def _nearest_orthonormal(matrix: Tensor) -> Tensor:
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left @ right
+    nearest: Tensor = left @ right
+    return nearest
 
 
 def _knots(cores: Tensor, Q_out: Tensor, Q_in: Tensor, density: float) -> Svd:

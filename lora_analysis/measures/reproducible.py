@@ -35,7 +35,7 @@ class SharedDirections(NamedTuple):
 
     Attributes
     ----------
-    count : int
+    shared : int
         Principal cosines above ``edge``.
     largest : float
         The largest principal cosine, in [0, 1].
@@ -45,7 +45,7 @@ class SharedDirections(NamedTuple):
         Quantile ``LEVEL`` of the largest by chance.
     """
 
-    count: int
+    shared: int
     largest: float
     p: float
     edge: float
@@ -76,7 +76,7 @@ def shared_directions(basis_a: Tensor, basis_b: Tensor, null: Tensor) -> SharedD
     >>> import torch
     >>> from lora_analysis.measures.null import largest_cosine_null
     >>> e = torch.eye(400, dtype=torch.float64)
-    >>> shared_directions(e[:, :4], e[:, 3:7], largest_cosine_null(400, 4, 4, draws=199)).count
+    >>> shared_directions(e[:, :4], e[:, 3:7], largest_cosine_null(400, 4, 4, draws=199)).shared
     1
     """
     if not len(null):
@@ -86,7 +86,7 @@ def shared_directions(basis_a: Tensor, basis_b: Tensor, null: Tensor) -> SharedD
     edge = float(ordered[min(len(ordered) - 1, math.ceil(LEVEL * (len(ordered) + 1)) - 1)])
     largest = float(cosines.max()) if len(cosines) else math.nan
     return SharedDirections(
-        count=int((cosines > edge).sum()),
+        shared=int((cosines > edge).sum()),
         largest=largest,
         p=(1 + int((ordered >= largest - 1e-12).sum())) / (len(ordered) + 1) if len(cosines) else math.nan,
         edge=edge,

@@ -115,7 +115,8 @@ def subspace_alignment_ratio(cores: Tensor, *, norm_share: float = 0.95) -> Tens
     lengths = S.square().cumsum(0).sqrt()
     k = int((lengths < norm_share * lengths[-1] * (1 - 1e-12)).sum()) + 1
     held = torch.linalg.matrix_norm(U[:, :k].mT @ cores)
-    return held / torch.linalg.matrix_norm(cores)  # 0 / 0 is NaN
+    ratios: Tensor = held / torch.linalg.matrix_norm(cores)  # 0 / 0 is NaN
+    return ratios
 
 
 def union_rank(svds: Sequence[Svd], *, tolerance: float = 1e-6) -> tuple[int, int]:

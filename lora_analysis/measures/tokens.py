@@ -111,9 +111,11 @@ def _unit_rows(embedding: Tensor) -> Tensor:
     if not bool(rows.isfinite().all()):
         raise ValueError("embedding: expected finite numbers, got NaN or infinities.")
     rows = rows - rows.mean(dim=0)
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    unit: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return unit
 
 
 def _cosines(directions: Tensor, rows: Tensor) -> Tensor:
     unit = directions / directions.norm(dim=0)
-    return (rows @ unit.float()).double()
+    cosines: Tensor = rows @ unit.float()
+    return cosines.double()

@@ -305,7 +305,8 @@ def _growth(
 
 def _turned(S: Tensor, d: int, generator: torch.Generator) -> Tensor:
     basis = torch.randn(d, len(S), dtype=torch.float64, generator=generator)
-    return torch.linalg.qr(basis).Q * S
+    turned: Tensor = torch.linalg.qr(basis).Q * S
+    return turned
 
 
 def _held(parts: Sequence[Tensor]) -> tuple[float, float]:

@@ -142,14 +142,14 @@ def reproducible_table(
             if len(second) != d or not (m and n):
                 rows.append(row | {"flags": " ".join([*flags, "zero" if len(second) == d else "other-shape"])})
                 continue
-            key = (d, *sorted((m, n)))
+            key = (d, min(m, n), max(m, n))
             if key not in nulls:
                 nulls[key] = largest_cosine_null(*key, draws=draws, seed=seed)
             shared = shared_directions(first, second, nulls[key])
             rows.append(
                 row
                 | {
-                    "reproduced": shared.count,
+                    "reproduced": shared.shared,
                     "largest_cosine": shared.largest,
                     "chance_edge": shared.edge,
                     "p": shared.p,

@@ -154,7 +154,7 @@ def _row(a: Adapter, b: Adapter, name: str, activations: Activations | None, dra
         norms = sorted(update.norm() for update in updates)
         row["norm_ratio"] = norms[0] / norms[1]
     for side in SIDES:
-        row |= {f"{field}_{side}": value for field, value in _subspaces(*tops, side).items()}
+        row |= {f"{field}_{side}": value for field, value in _subspaces(tops[0], tops[1], side).items()}
     if activations is not None and (0, name) in activations.moments and (1, name) in activations.moments:
         row["agreement"] = activations.agreement(0, 1, name)
     return row | {"flags": " ".join(flags)}

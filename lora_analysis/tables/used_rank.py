@@ -150,7 +150,7 @@ def _chance(d_out: int, d_in: int, r: int, *, draws: int, seed: int) -> _Chance:
         low, high = values.quantile(torch.tensor([LOW, HIGH], dtype=torch.float64)).tolist()
         quantiles[name] = (low, high)
     starts = {law: initial_spectrum_null(r, d_in, law=law, draws=draws, seed=seed) for law in ("uniform", "normal")}
-    return _Chance(quantiles, starts)  # type: ignore[arg-type]
+    return _Chance(quantiles, starts)
 
 
 def _row(
@@ -218,6 +218,6 @@ def _learned(update: Update, starts: dict[str, Tensor]) -> dict[str, Any]:
     return {
         "start": nearest if like else "unknown",
         "bulk": of.bulk if like else math.nan,
-        "learned_directions": of.count if like else of.count_rescaled,
+        "learned_directions": of.learned if like else of.count_rescaled,
         "learned_p": of.p if like else math.nan,
     }

@@ -36,7 +36,7 @@ def test_p_is_uniform_on_starts(law: Law, r: int, d_in: int) -> None:
     found = [learned_directions(start(r, d_in, seed, law=law), null) for seed in range(500)]
     assert stats.kstest([one.p for one in found], "uniform").pvalue > 1e-3
     assert stats.kstest([one.bulk_p for one in found], "uniform").pvalue > 1e-3
-    assert np.mean([one.count > 0 for one in found]) < 0.03  # a hundredth, and chance
+    assert np.mean([one.learned > 0 for one in found]) < 0.03  # a hundredth, and chance
     assert np.mean([one.bulk for one in found]) == pytest.approx(1, abs=0.02)
 
 
@@ -58,7 +58,7 @@ def test_a_planted_direction_is_seen_from_the_threshold_on(strength: float, seen
     A = start(r, d_in, 7) + strength * torch.outer(u / u.norm(), v / v.norm())
     null = initial_spectrum_null(r, d_in, law="normal", draws=300)
     found = learned_directions(A, null)
-    assert (found.count == 1) == seen
+    assert (found.learned == 1) == seen
     assert (found.p < 0.01) == seen
 
 
@@ -74,7 +74,7 @@ def test_the_edge_scales_with_the_bulk_where_weight_decay_shrank_it() -> None:
 
 def test_a_factor_without_anything_in_it_has_learned_nothing() -> None:
     found = learned_directions(torch.zeros(4, 32), initial_spectrum_null(4, 32, draws=99))
-    assert (found.count, found.count_rescaled, found.p, found.bulk) == (0, 0, 1.0, 0.0)
+    assert (found.learned, found.count_rescaled, found.p, found.bulk) == (0, 0, 1.0, 0.0)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -23,7 +23,7 @@ def test_p_of_unrelated_subspaces_is_uniform_and_the_count_is_nearly_always_none
     null = largest_cosine_null(60, 3, 5, draws=4000, seed=1)
     found = [shared_directions(basis(60, 3, 2 * i), basis(60, 5, 2 * i + 1), null) for i in range(500)]
     assert stats.kstest([one.p for one in found], "uniform").pvalue > 1e-3
-    assert sum(one.count > 0 for one in found) < 15
+    assert sum(one.shared > 0 for one in found) < 15
 
 
 @pytest.mark.parametrize("planted", [0, 1, 3])
@@ -33,7 +33,7 @@ def test_planted_directions_are_counted(planted: int) -> None:
     # Seen through noise as trainings would see it: at a cosine of about 0.9.
     noisy = [common + 0.3 * basis(384, 3, seed)[:, :planted] for seed in (1, 2)]
     found = shared_directions(*(basis(384, 8, 10 + i, beginning=part) for i, part in enumerate(noisy)), null)
-    assert found.count == planted
+    assert found.shared == planted
     assert (found.p < 0.01) == (planted > 0)
 
 
@@ -41,7 +41,7 @@ def test_a_subspace_shares_all_of_itself() -> None:
     own = basis(50, 4, 3)
     turned = own @ torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
     found = shared_directions(own, turned, largest_cosine_null(50, 4, 4, draws=99))
-    assert (found.count, found.p) == (4, 0.01)
+    assert (found.shared, found.p) == (4, 0.01)
     assert found.largest == pytest.approx(1)
 
 
