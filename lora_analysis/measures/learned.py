@@ -178,7 +178,7 @@ def learned_directions(down: Tensor, null: Tensor, *, sd: float | None = None) -
     bulk = median / float(medians.mean())
     above, below = int((medians >= median).sum()), int((medians <= median).sum())
     return LearnedDirections(
-        count=int((edge < S).sum()),
+        learned=int((edge < S).sum()),
         p=(1 + int((largest >= S[0]).sum())) / (draws + 1),
         edge=edge * sd,
         bulk=bulk,
