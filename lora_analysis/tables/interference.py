@@ -114,7 +114,7 @@ def interference_table(
     >>> e = torch.eye(64)
     >>> a, b = (la.Adapter({"q": la.LowRankUpdate(e[:, i : i + 2], e[i : i + 2], scale=1.0)}) for i in (0, 1))
     >>> row = interference_table([a, b]).iloc[0]
-    >>> round(row["cosine"], 12), row["union_rank"], row["rank_sum"]
+    >>> round(float(row["cosine"]), 12), int(row["union_rank"]), int(row["rank_sum"])
     (0.5, 3, 4)
     """
     if len(adapters) < 2:

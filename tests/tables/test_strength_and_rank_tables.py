@@ -157,7 +157,7 @@ def test_strength_on_inputs_and_without_a_base() -> None:
     adapter = la.Adapter({"0": trained(0), "gone": trained(1)})
     X = random(300, 96, seed=5).double()
     table = la.strength_table(adapter, activations=collect_activations(model, [X], adapter)).set_index("module")
-    delta, W = adapter["0"].dense(), model[0].weight.double()
+    delta, W = adapter["0"].dense(), model[0].weight.detach()
     expected = (X @ delta.mT).norm() / (X @ W.mT).norm()
     assert table.loc["0", "relative_output"] == pytest.approx(float(expected), rel=1e-9)
     assert table.loc["0", "inputs"] == 300
