@@ -54,6 +54,7 @@ from lora_analysis.merge import merge
 from lora_analysis.resize import resize
 from lora_analysis.tables import (
     amplification_table,
+    atlas,
     inspect_table,
     interference_table,
     intruder_table,
@@ -93,6 +94,7 @@ __all__ = [
     "UnsupportedAdapterError",
     "Update",
     "amplification_table",
+    "atlas",
     "convert",
     "diff",
     "effective_rank",

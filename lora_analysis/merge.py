@@ -103,7 +103,7 @@ def merge(
             embedding=first.embedding,
         )
     sources = ", ".join(adapter.source for adapter in adapters)
-    note = f"{method} of {len(adapters)} adapters: {sources}."
+    note = f"merged by {method} from {sources}."
     if worst[0] > 0:
         note += f" What was cut off is at most {worst[0]:.2%} of a module's norm ({worst[1]!r})."
     config = {
@@ -111,7 +111,7 @@ def merge(
         for key in ("base_model_name_or_path",)
         if len({value := adapter.config.get(key) for adapter in adapters}) == 1 and value is not None
     }
-    return _restored(Contents(modules, (), (note,)), f"{method} of {len(adapters)}", config)
+    return _restored(Contents(modules, (), (note,)), f"{len(adapters)} adapters", config)
 
 
 def _svd(adapter: Adapter, name: str, first: Module) -> Svd:

@@ -24,6 +24,7 @@ import typer
 
 from lora_analysis.cli.ablate import ablate
 from lora_analysis.cli.amplify import amplify
+from lora_analysis.cli.atlas import atlas
 from lora_analysis.cli.compare import compare, layers
 from lora_analysis.cli.convert import convert
 from lora_analysis.cli.demo import demo
@@ -73,6 +74,7 @@ for command in (
     tokens,
     interference,
     merge,
+    atlas,
     magnitude,
     diff,
     train,

@@ -49,8 +49,7 @@ def interference(
     report_notes(opened)
     if deliver(table, out=out, as_json=as_json):
         return
-    shown = table.assign(z=table["cosine"] / table["cosine_null_sd"], chance=table["sti_null"] / table["sti"])
-    shown["chance"] *= shown["sti_relative"]
+    shown = table.assign(z=table["cosine"] / table["cosine_null_sd"], chance=table["sti_null"] / table["sigma_sum"])
     print_table(
         shown,
         [

@@ -60,7 +60,7 @@ class LearnedDirections(NamedTuple):
         directions were learned.
     bulk_p : float
         Two-sided p of that median. Learned directions raise it too where r is small.
-    count_rescaled : int
+    learned_rescaled : int
         The count against a start of the variance that the median implies.
     """
 
@@ -69,7 +69,7 @@ class LearnedDirections(NamedTuple):
     edge: float
     bulk: float
     bulk_p: float
-    count_rescaled: int
+    learned_rescaled: int
 
 
 def kaiming_sd(d_in: int) -> float:
@@ -183,5 +183,5 @@ def learned_directions(down: Tensor, null: Tensor, *, sd: float | None = None) -
         edge=edge * sd,
         bulk=bulk,
         bulk_p=min(1.0, 2 * (1 + min(above, below)) / (draws + 1)),
-        count_rescaled=int((edge * bulk < S).sum()) if bulk > 0 else 0,
+        learned_rescaled=int((edge * bulk < S).sum()) if bulk > 0 else 0,
     )

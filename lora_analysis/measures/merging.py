@@ -60,7 +60,8 @@ def merged_svd(
     density : float
         Of knots: the share of entries of each V_t that trimming leaves, in (0, 1].
     keep : float, optional
-        Of tsv: the share of each update's directions that is used, in (0, 1]; 1 / T by default, as in the paper.
+        Of tsv: the share of each update's directions that is used, in (0, 1]; 1 / T by default, as in the paper, T
+        counting updates that have any.
 
     Returns
     -------
@@ -84,7 +85,7 @@ def merged_svd(
     factors = [1.0] * len(svds) if weights is None else [float(weight) for weight in weights]
     if len(factors) != len(svds):
         raise ValueError(f"weights: expected one of each of {len(svds)} updates, got {len(factors)}.")
-    keep = 1 / max(1, len(svds)) if keep is None else keep
+    keep = 1 / max(1, sum(len(svd.S) > 0 for svd in svds)) if keep is None else keep
     for name, value in (("density", density), ("keep", keep)):
         if not 0 < value <= 1:
             raise ValueError(f"{name}: expected in (0, 1], got {value}.")
@@ -93,10 +94,21 @@ def merged_svd(
     if method == "knots":
         return _knots(cores, basis.Q_out, basis.Q_in, density)
     core = _task_singular_vectors(cores, [len(svd.S) for svd in svds], keep) if method == "tsv" else cores.sum(0)
-    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-    if method == "iso-c":
-        S = torch.full_like(S, float(S.mean()) if len(S) else 0.0)
+    U, S, Vh = _compact(core)
+    if method == "iso-c" and len(S):
+        S = torch.full_like(S, float(S.mean()))
     return Svd(basis.Q_out @ U, S, Vh @ basis.Q_in.mT)
+
+
+def _compact(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD without the directions of singular values that are rounding: those vectors would be arbitrary.
+
+    Updates that share directions, or cancel, leave their basis with more dimensions than their sum has.
+    """
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    rounding = float(S[0]) * max(matrix.shape) * torch.finfo(S.dtype).eps if len(S) else 0.0
+    rank = int((rounding < S).sum())
+    return U[:, :rank], S[:rank], Vh[:rank]
 
 
 def _task_singular_vectors(cores: Tensor, ranks: Sequence[int], keep: float) -> Tensor:
@@ -104,26 +116,24 @@ def _task_singular_vectors(cores: Tensor, ranks: Sequence[int], keep: float) -> 
     parts = []
     for core, r in zip(cores, ranks, strict=True):
         U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-        k = max(1, int(keep * r + 1e-9))
-        parts.append((U[:, :k], S[:k], Vh[:k]))
-    U, S, Vh = (
-        torch.hstack([p[0] for p in parts]),
-        torch.cat([p[1] for p in parts]),
-        torch.vstack([p[2] for p in parts]),
-    )
-    return (_nearest_orthonormal(U) * S) @ _nearest_orthonormal(Vh.mT).mT
+        k = max(1, int(keep * r + 1e-9)) if r else 0  # a task without directions has none to keep
+        parts.append((U[:, :k], S[:k], Vh[:k].mT))
+    U, V = torch.hstack([part[0] for part in parts]), torch.hstack([part[2] for part in parts])
+    return (_nearest_orthonormal(U) * torch.cat([part[1] for part in parts])) @ _nearest_orthonormal(V).mT
 
 
 def _nearest_orthonormal(matrix: Tensor) -> Tensor:
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    nearest: Tensor = left @ right
-    return nearest
+    """The polar factor; where columns depend on each other, a partial isometry, which is unique."""
+    left, _, right = _compact(matrix)
+    return left @ right
 
 
 def _knots(cores: Tensor, Q_out: Tensor, Q_in: Tensor, density: float) -> Svd:
     """Entries of ``V_t`` trimmed, elected and averaged as TIES does it with whole matrices."""
     T, _, q = cores.shape
-    U, S, Vh = torch.linalg.svd(torch.hstack(list(cores)), full_matrices=False)
+    U, S, Vh = _compact(torch.hstack(list(cores)))
+    if not len(S):
+        return Svd(Q_out[:, :0], S, Q_in[:, :0].mT)
     parts = torch.stack([Vh[:, t * q : (t + 1) * q] @ Q_in.mT for t in range(T)])
     kept = max(1, round(density * parts[0].numel()))
     threshold = parts.abs().flatten(1).kthvalue(parts[0].numel() - kept + 1, dim=1).values
@@ -131,5 +141,5 @@ def _knots(cores: Tensor, Q_out: Tensor, Q_in: Tensor, density: float) -> Svd:
     sign = trimmed.sum(0).sign()
     agreeing = torch.where(trimmed.sign() == sign, trimmed, 0.0)
     merged = agreeing.sum(0) / (agreeing != 0).sum(0).clamp_min(1)
-    left, values, right = torch.linalg.svd(S[:, None] * merged, full_matrices=False)
+    left, values, right = _compact(S[:, None] * merged)
     return Svd(Q_out @ (U @ left), values, right)

@@ -13,7 +13,7 @@ learned direction makes at most one such pair in a module. One row alone cannot 
 
 Measures
 --------
-``shared_rows``.
+``shared_rows``, ``SHARED``.
 
 References
 ----------
@@ -28,6 +28,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 from torch import Tensor
+
+SHARED = 0.1
+"""Share of rows, over all modules of a pair, from which two adapters count as sharing their start."""
 
 _LEVEL = 1e-6
 _PARALLEL = 0.99

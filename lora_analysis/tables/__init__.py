@@ -47,10 +47,12 @@ Tables
 ------
 ``inspect_table``, ``spectrum_table``, ``similarity_table``, ``amplification_table``, ``magnitude_table``,
 ``truncation_table``, ``intruder_table``, ``spectrum_overlap_table``, ``used_rank_table``, ``reproducible_table``,
-``strength_table``, ``token_table``, ``sameness_table``, ``interference_table``; ``write_table``.
+``strength_table``, ``token_table``, ``sameness_table``, ``interference_table``; ``atlas``; ``write_table``.
 """
 
 from lora_analysis.tables.amplification import amplification_table
+from lora_analysis.tables.atlas import atlas
+from lora_analysis.tables.atlas_result import Atlas
 from lora_analysis.tables.frames import write_table
 from lora_analysis.tables.inspection import inspect_table
 from lora_analysis.tables.interference import interference_table
@@ -67,7 +69,9 @@ from lora_analysis.tables.truncation import truncation_table
 from lora_analysis.tables.used_rank import used_rank_table
 
 __all__ = [
+    "Atlas",
     "amplification_table",
+    "atlas",
     "inspect_table",
     "interference_table",
     "intruder_table",

@@ -10,11 +10,8 @@ from torch import Tensor
 
 from lora_analysis.adapter import Adapter, Module, Target
 from lora_analysis.base import BaseWeights
-from lora_analysis.errors import BaseWeightsError, UndefinedUpdateError
-from lora_analysis.measures import spectrum
-from lora_analysis.tables.frames import module_flags
+from lora_analysis.errors import BaseWeightsError
 from lora_analysis.tables.pool import over_modules
-from lora_analysis.update import Svd, with_scale
 
 Rows = list[dict[str, Any]]
 Place = tuple[Target, tuple[int, int]]
@@ -70,29 +67,3 @@ def over_base_matrices(
         for name in adapter
         for row in found[number, name]
     ]
-
-
-def usable_svd(module: Module, k: int | None = None, *, scale_bound: bool) -> tuple[Svd | None, list[str]]:
-    """The SVD of a module's update up to its numerical rank, or none; and the flags of all its rows.
-
-    Parameters
-    ----------
-    module : Module
-    k : int, optional
-        Keep at most k triples.
-    scale_bound : bool
-        Whether what is asked depends on the scale, so that there is no answer where it is unknown.
-    """
-    flags = module_flags(module)
-    unknown = module.scale_source == "unknown"
-    if unknown and scale_bound:
-        return None, flags
-    update = module.read()
-    if unknown:
-        update = with_scale(update, 1.0)
-    try:
-        svd = update.svd(k)
-    except UndefinedUpdateError:
-        return None, [*flags, "nonfinite"]
-    rank = spectrum.numerical_rank(svd.S, module.shape)
-    return svd.top(rank), flags + ["zero"] * (rank == 0)

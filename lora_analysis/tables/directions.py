@@ -8,7 +8,10 @@ minutes a pair (the nulls take time by the cube of their number) and say little:
 from __future__ import annotations
 
 from lora_analysis.adapter import Module
-from lora_analysis.update import KroneckerUpdate, LowRankUpdate, Update
+from lora_analysis.errors import UndefinedUpdateError
+from lora_analysis.measures.spectrum import numerical_rank
+from lora_analysis.tables.frames import module_flags
+from lora_analysis.update import KroneckerUpdate, LowRankUpdate, Svd, Update, with_scale
 
 MOST = 64
 """Leading directions of updates whose rank no r bounds, unless r itself is larger."""
@@ -40,6 +43,36 @@ def last_k(module: Module) -> int:
     """
     r = min(module.r, *module.shape)
     return max(1, min(r, leading(module, module.read())) if MOST < r == min(module.shape) else r)
+
+
+def usable_svd(
+    module: Module, k: int | None = None, *, scale_bound: bool, leading_only: bool = False
+) -> tuple[Svd | None, list[str]]:
+    """The SVD of a module's update up to its numerical rank, or none; and the flags of all its rows.
+
+    Parameters
+    ----------
+    module : Module
+    k : int, optional
+        Keep at most k triples.
+    scale_bound : bool
+        Whether what is asked depends on the scale, so that there is no answer where it is unknown.
+    leading_only : bool
+        Keep at most those that ``leading`` counts.
+    """
+    flags = module_flags(module)
+    unknown = module.scale_source == "unknown"
+    if unknown and scale_bound:
+        return None, flags
+    update = module.read()
+    if unknown:
+        update = with_scale(update, 1.0)
+    try:
+        svd = update.svd(leading(module, update) if leading_only else k)
+    except UndefinedUpdateError:
+        return None, [*flags, "nonfinite"]
+    rank = numerical_rank(svd.S, module.shape)
+    return svd.top(rank), flags + ["zero"] * (rank == 0)
 
 
 def _columns(update: Update) -> int:

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lora_analysis.activations import Activations
 from lora_analysis.adapter import Adapter
-from lora_analysis.errors import LoraAnalysisError, UndefinedUpdateError
+from lora_analysis.errors import LoraAnalysisError
+from lora_analysis.measures.activations import Activations
 from lora_analysis.measures.interference import (
     sign_conflict,
     singular_task_interference,
@@ -26,11 +26,10 @@ from lora_analysis.measures.shared_basis import (
     subspace_alignment_ratio,
     union_rank,
 )
-from lora_analysis.measures.spectrum import numerical_rank
-from lora_analysis.tables.directions import leading
-from lora_analysis.tables.frames import frame, module_flags
+from lora_analysis.tables.directions import usable_svd
+from lora_analysis.tables.frames import frame
 from lora_analysis.tables.pool import over_modules
-from lora_analysis.update import LowRankUpdate, Svd, Update
+from lora_analysis.update import LowRankUpdate, Svd
 
 COLUMNS = (
     "module",
@@ -40,6 +39,7 @@ COLUMNS = (
     "cosine_max",
     "cosine_null_sd",
     "sti",
+    "sigma_sum",
     "sti_relative",
     "sti_null",
     "sti_p",
@@ -86,14 +86,14 @@ def interference_table(
     DataFrame
         One row per module; of several pairs the mean. ``cosine`` of the updates, by chance 0 with standard deviation
         ``cosine_null_sd`` (take five of them for a finding). ``sti`` is singular task interference in the unit of the
-        weights, ``sti_relative`` over the sum of all singular values, ``sti_null`` its mean for updates of the same
-        spectra turned at random, ``sti_p`` its upper tail. ``alignment_ratio`` is the mean share of an update in the
-        leading directions of the sum, ``sign_conflict`` the share of entries on which updates disagree.
+        weights, ``sti_relative`` over ``sigma_sum``, the sum of all singular values; ``sti_null`` is its mean for
+        updates of the same spectra turned at random, ``sti_p`` its upper tail. ``alignment_ratio`` is the mean share of
+        an update in the leading directions of the sum, ``sign_conflict`` that of entries on which updates disagree.
         ``union_rank`` counts the output directions that all span together, ``union_rank_in`` the input ones, beside
         ``rank_sum``, which they have where nothing is shared. ``averaging_error`` is how far averaging factors is
         from averaging updates. ``cross_activation`` is ``‖ΔW_b X‖ / ‖ΔW_a X‖``, a being the first adapter and X inputs
-        of its task, the mean over the others: what they add where only the first should. All but ``sti`` are
-        dimensionless.
+        of its task, the mean over the others: what they add where only the first should. All but ``sti``,
+        ``sti_null`` and ``sigma_sum`` are dimensionless.
 
         None of these has been shown to decide whether a merge works: compare merges by them.
 
@@ -152,7 +152,8 @@ def _row(
             "Compare adapters of one base."
         )
     shape = modules[0].shape
-    flags = list(dict.fromkeys(word for module in modules for word in module_flags(module)))
+    found = [usable_svd(module, scale_bound=True, leading_only=True) for module in modules]
+    flags = list(dict.fromkeys(word for _, words in found for word in words))
     row: dict[str, Any] = dict.fromkeys(COLUMNS, math.nan) | {
         "module": name,
         "adapters": len(numbers),
@@ -161,13 +162,11 @@ def _row(
         "union_rank_in": pd.NA,
         "rank_sum": pd.NA,
     }
+    svds = [svd for svd, _ in found if svd is not None]
+    if len(svds) < len(found):
+        return row | {"flags": " ".join(flags)}
     updates = [adapters[number][name] for number in numbers]
-    try:
-        svds = [_svd(module, update, shape) for module, update in zip(modules, updates, strict=True)]
-        cosines = [update_cosine(a, b) for a, b in itertools.combinations(updates, 2)]
-    except UndefinedUpdateError:
-        return row | {"flags": " ".join(flags if "unknown-scale" in flags else [*flags, "nonfinite"])}
-    flags += ["zero"] * any(not len(svd.S) for svd in svds)
+    cosines = [update_cosine(a, b) for a, b in itertools.combinations(updates, 2)]
     row |= {"cosine": _mean(cosines), "cosine_min": min(cosines), "cosine_max": max(cosines)}
     out, into = union_rank(svds)
     row |= {"union_rank": out, "union_rank_in": into, "rank_sum": sum(len(svd.S) for svd in svds)}
@@ -182,11 +181,6 @@ def _row(
     return row | {"flags": " ".join(flags)}
 
 
-def _svd(module: Any, update: Update, shape: tuple[int, int]) -> Svd:
-    svd = update.svd(leading(module, update))
-    return svd.top(numerical_rank(svd.S, shape))
-
-
 def _interference(svds: Sequence[Svd], shape: tuple[int, int], draws: int, seed: int) -> dict[str, float]:
     total = sum(float(svd.S.sum()) for svd in svds)
     if total == 0:
@@ -194,7 +188,7 @@ def _interference(svds: Sequence[Svd], shape: tuple[int, int], draws: int, seed:
     sti = singular_task_interference(svds)
     null = interference_null([svd.S for svd in svds], shape, draws=draws, seed=seed)
     p = (1 + int((null >= sti).sum())) / (draws + 1)
-    return {"sti": sti, "sti_relative": sti / total, "sti_null": float(null.mean()), "sti_p": p}
+    return {"sti": sti, "sigma_sum": total, "sti_relative": sti / total, "sti_null": float(null.mean()), "sti_p": p}
 
 
 def _cross_activation(activations: Activations, numbers: Sequence[int], name: str) -> float:

@@ -22,7 +22,8 @@ from lora_analysis.measures.adapted_directions import (
 from lora_analysis.measures.intruders import Intruders, intruders
 from lora_analysis.measures.triples import Triples, leading_triples
 from lora_analysis.measures.weight import weight_norm
-from lora_analysis.tables.base_matrices import Rows, over_base_matrices, usable_svd
+from lora_analysis.tables.base_matrices import Rows, over_base_matrices
+from lora_analysis.tables.directions import usable_svd
 from lora_analysis.tables.frames import as_adapters, frame
 
 COLUMNS = (

@@ -12,15 +12,14 @@ import pandas as pd
 from torch import Tensor
 
 from lora_analysis.adapter import Adapter
-from lora_analysis.errors import LoraAnalysisError, UndefinedUpdateError
+from lora_analysis.errors import LoraAnalysisError
 from lora_analysis.measures.null import largest_cosine_null
 from lora_analysis.measures.reproducible import shared_directions
-from lora_analysis.measures.shared_start import shared_rows
-from lora_analysis.measures.spectrum import numerical_rank
-from lora_analysis.tables.directions import leading
-from lora_analysis.tables.frames import frame, module_flags
+from lora_analysis.tables.directions import usable_svd
+from lora_analysis.tables.frames import frame
 from lora_analysis.tables.pool import over_modules
-from lora_analysis.update import LowRankUpdate, Svd, with_scale
+from lora_analysis.tables.starts import rows_shared, same_start
+from lora_analysis.update import Svd
 
 COLUMNS = (
     "adapter_a",
@@ -37,9 +36,6 @@ COLUMNS = (
     "rows_shared",
     "flags",
 )
-
-_SHARED = 0.1
-"""Share of A's rows from which two adapters count as begun alike."""
 
 
 def reproducible_table(
@@ -104,26 +100,21 @@ def reproducible_table(
         raise LoraAnalysisError(f"{adapters[0].source}: expected modules that all adapters have, got none.")
     if apart := {name for item in adapters for name in item} - set(names):
         warnings.warn(f"{len(apart)} modules are not in every adapter and have no rows.", stacklevel=2)
+    places = list(itertools.product(range(len(adapters)), names))
     found = over_modules(
-        lambda item: _decomposed(*item),
-        [(item, name) for item in adapters for name in names],
+        lambda place: usable_svd(adapters[place[0]].modules[place[1]], scale_bound=False, leading_only=True),
+        places,
         workers=workers,
         progress=progress,
         description="Singular vectors",
     )
-    bases = {
-        (number, name): svd
-        for (number, name), svd in zip(itertools.product(range(len(adapters)), names), found, strict=True)
-    }
+    known = dict(zip(places, found, strict=True))
     nulls: dict[tuple[int, int, int], Tensor] = {}
     rows = []
     for (a, b), name in itertools.product(itertools.combinations(range(len(adapters)), 2), names):
-        flags = list(
-            dict.fromkeys([*module_flags(adapters[a].modules[name]), *module_flags(adapters[b].modules[name])])
-        )
-        flags = [flag for flag in flags if flag != "unknown-scale"]
-        share = _rows_shared(adapters[a], adapters[b], name)
-        flags += ["same-start"] * (share >= _SHARED)
+        words = itertools.chain(known[a, name][1], known[b, name][1])
+        share = rows_shared(adapters[a].modules[name], adapters[b].modules[name])
+        flags = [word for word in dict.fromkeys(words) if word != "unknown-scale"] + same_start(share)
         for side in ("in", "out"):
             row: dict[str, Any] = dict.fromkeys(COLUMNS, math.nan) | {
                 "adapter_a": adapters[a].source,
@@ -133,14 +124,14 @@ def reproducible_table(
                 "reproduced": pd.NA,
                 "rows_shared": share,
             }
-            first, second = (_basis(bases[number, name], side) for number in (a, b))
+            first, second = (_basis(known[number, name][0], side) for number in (a, b))
             if first is None or second is None:
-                rows.append(row | {"m": 0, "n": 0, "d": 0, "flags": " ".join([*flags, "nonfinite"])})
+                rows.append(row | {"m": 0, "n": 0, "d": 0, "flags": " ".join(flags)})
                 continue
             d, m, n = len(first), first.shape[1], second.shape[1]
             row |= {"d": d, "m": m, "n": n}
             if len(second) != d or not (m and n):
-                rows.append(row | {"flags": " ".join([*flags, "zero" if len(second) == d else "other-shape"])})
+                rows.append(row | {"flags": " ".join(flags + ["other-shape"] * (len(second) != d))})
                 continue
             key = (d, min(m, n), max(m, n))
             if key not in nulls:
@@ -159,28 +150,7 @@ def reproducible_table(
     return frame(rows, COLUMNS, counts=("reproduced",))
 
 
-def _decomposed(adapter: Adapter, name: str) -> Svd | None:
-    module = adapter.modules[name]
-    update = adapter[name] if module.scale_source != "unknown" else with_scale(adapter[name], 1.0)
-    try:
-        svd = update.svd(leading(module, update))
-    except UndefinedUpdateError:
-        return None
-    return svd.top(numerical_rank(svd.S, module.shape))
-
-
 def _basis(svd: Svd | None, side: str) -> Tensor | None:
     if svd is None:
         return None
     return svd.V if side == "in" else svd.U
-
-
-def _rows_shared(a: Adapter, b: Adapter, name: str) -> float:
-    """Share of A's rows that the two began with in common; NaN where their updates have no such factor."""
-    updates = a[name], b[name]
-    if any(adapter.modules[name].embedding for adapter in (a, b)):  # A begins at zero
-        return math.nan
-    if not all(isinstance(update, LowRankUpdate) and update.finite for update in updates):
-        return math.nan
-    first, second = (update.down for update in updates if isinstance(update, LowRankUpdate))
-    return shared_rows(first, second, trained=True) if first.shape[1] == second.shape[1] else math.nan

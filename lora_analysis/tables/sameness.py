@@ -8,22 +8,19 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lora_analysis.activations import Activations
 from lora_analysis.adapter import Adapter
-from lora_analysis.errors import LoraAnalysisError, UndefinedUpdateError
+from lora_analysis.errors import LoraAnalysisError
+from lora_analysis.measures.activations import Activations
 from lora_analysis.measures.haar_frames import update_cosine_null
 from lora_analysis.measures.interference import update_cosine, update_cosine_null_sd
 from lora_analysis.measures.null import SimilarityNull, similarity_null
-from lora_analysis.measures.shared_start import shared_rows
-from lora_analysis.measures.spectrum import energy_rank, numerical_rank
+from lora_analysis.measures.spectrum import energy_rank
 from lora_analysis.measures.subspace import corrected_similarity, grassmann_distance, subspace_similarity
-from lora_analysis.tables.directions import leading
-from lora_analysis.tables.frames import frame, module_flags
+from lora_analysis.tables.directions import usable_svd
+from lora_analysis.tables.frames import frame
 from lora_analysis.tables.pool import over_modules
-from lora_analysis.update import LowRankUpdate, Svd, with_scale
-
-SHARED = 0.1
-"""Share of A's rows from which two adapters count as begun alike."""
+from lora_analysis.tables.starts import rows_shared, same_start
+from lora_analysis.update import Svd, with_scale
 
 SIDES = ("in", "out")
 _BY_SIDE = ("m", "n", "phi", "phi_corrected", "phi_p", "k90_a", "k90_b", "chordal", "chordal_chance", "geodesic")
@@ -122,7 +119,8 @@ def sameness_table(
 def _row(a: Adapter, b: Adapter, name: str, activations: Activations | None, draws: int, seed: int) -> dict[str, Any]:
     modules = a.modules[name], b.modules[name]
     shape = modules[0].shape
-    flags = list(dict.fromkeys(word for module in modules for word in module_flags(module)))
+    found = [usable_svd(module, scale_bound=False, leading_only=True) for module in modules]
+    flags = list(dict.fromkeys(word for _, words in found for word in words))
     known = "unknown-scale" not in flags
     row: dict[str, Any] = dict.fromkeys(COLUMNS, math.nan) | dict.fromkeys(_COUNTS, pd.NA)
     row |= {
@@ -132,21 +130,15 @@ def _row(a: Adapter, b: Adapter, name: str, activations: Activations | None, dra
         "cosine_null_sd": update_cosine_null_sd(shape),
         "_d": shape,
     }
+    row["rows_shared"] = rows_shared(*modules)
+    flags += same_start(row["rows_shared"])
+    tops = [svd for svd, _ in found if svd is not None and len(svd.S)]
+    if len(tops) < 2:
+        return row | {"flags": " ".join(flags)}
     updates = [
         adapter[name] if module.scale_source != "unknown" else with_scale(adapter[name], 1.0)
         for adapter, module in zip((a, b), modules, strict=True)
     ]
-    if all(isinstance(u, LowRankUpdate) and u.finite for u in updates) and not any(m.embedding for m in modules):
-        first, second = (u.down for u in updates if isinstance(u, LowRankUpdate))
-        row["rows_shared"] = shared_rows(first, second, trained=True)
-        flags += ["same-start"] * (row["rows_shared"] >= SHARED)
-    try:
-        svds = [update.svd(leading(module, update)) for module, update in zip(modules, updates, strict=True)]
-    except UndefinedUpdateError:
-        return row | {"flags": " ".join([*flags, "nonfinite"])}
-    tops = [svd.top(numerical_rank(svd.S, shape)) for svd in svds]
-    if not all(len(top.S) for top in tops):
-        return row | {"flags": " ".join([*flags, "zero"])}
     cosine = update_cosine(*updates)
     null = update_cosine_null(tops[0].S, tops[1].S, shape, draws=draws, seed=seed)
     row |= {"cosine": cosine, "cosine_p": (1 + int((null.abs() >= abs(cosine)).sum())) / (draws + 1)}

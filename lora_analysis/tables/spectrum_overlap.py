@@ -13,8 +13,8 @@ from lora_analysis.adapter import Adapter, Module
 from lora_analysis.base import BaseWeights
 from lora_analysis.measures.deciles import SpectrumOverlap, part_null_draws, part_sizes, spectrum_overlap
 from lora_analysis.measures.triples import Triples, leading_triples
-from lora_analysis.tables.base_matrices import Rows, over_base_matrices, usable_svd
-from lora_analysis.tables.directions import last_k
+from lora_analysis.tables.base_matrices import Rows, over_base_matrices
+from lora_analysis.tables.directions import last_k, usable_svd
 from lora_analysis.tables.frames import as_adapters, frame
 
 COLUMNS = (

@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lora_analysis.activations import Activations
 from lora_analysis.adapter import Adapter, Target
 from lora_analysis.base import BaseWeights
 from lora_analysis.errors import BaseWeightsError, UndefinedUpdateError
 from lora_analysis.measures import spectrum
+from lora_analysis.measures.activations import Activations
 from lora_analysis.measures.survival import merge_survival
 from lora_analysis.measures.weight import weight_spectrum
 from lora_analysis.tables.frames import as_adapters, frame, module_flags

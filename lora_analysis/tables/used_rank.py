@@ -36,6 +36,9 @@ MEASURES: dict[str, Callable[[Tensor], float]] = {
 LOW, HIGH = 0.01, 0.99
 """Quantiles of chance between which a measure is consistent with it."""
 
+_WIDE = 2**14
+"""d_in beyond which normal entries stand for uniform ones, whose singular values vary a little less."""
+
 _LIKE = 1.5
 """Most that the bulk of A may be off a start, as a factor, and still be taken for it."""
 
@@ -149,7 +152,10 @@ def _chance(d_out: int, d_in: int, r: int, *, draws: int, seed: int) -> _Chance:
         values = torch.tensor([measure(S) for S in spectra], dtype=torch.float64)
         low, high = values.quantile(torch.tensor([LOW, HIGH], dtype=torch.float64)).tolist()
         quantiles[name] = (low, high)
-    starts = {law: initial_spectrum_null(r, d_in, law=law, draws=draws, seed=seed) for law in ("uniform", "normal")}
+    starts = {"normal": initial_spectrum_null(r, d_in, law="normal", draws=draws, seed=seed)}
+    starts["uniform"] = (
+        starts["normal"] if d_in > _WIDE else initial_spectrum_null(r, d_in, law="uniform", draws=draws, seed=seed)
+    )
     return _Chance(quantiles, starts)
 
 
@@ -218,6 +224,6 @@ def _learned(update: Update, starts: dict[str, Tensor]) -> dict[str, Any]:
     return {
         "start": nearest if like else "unknown",
         "bulk": of.bulk if like else math.nan,
-        "learned_directions": of.learned if like else of.count_rescaled,
+        "learned_directions": of.learned if like else of.learned_rescaled,
         "learned_p": of.p if like else math.nan,
     }

@@ -68,13 +68,13 @@ def test_the_edge_scales_with_the_bulk_where_weight_decay_shrank_it() -> None:
     null = initial_spectrum_null(32, 512)
     found = learned_directions(A, null)
     assert found.bulk == pytest.approx(0.5, rel=0.05)
-    assert found.count_rescaled == 1
+    assert found.learned_rescaled == 1
     assert found.bulk_p < 0.01
 
 
 def test_a_factor_without_anything_in_it_has_learned_nothing() -> None:
     found = learned_directions(torch.zeros(4, 32), initial_spectrum_null(4, 32, draws=99))
-    assert (found.learned, found.count_rescaled, found.p, found.bulk) == (0, 0, 1.0, 0.0)
+    assert (found.learned, found.learned_rescaled, found.p, found.bulk) == (0, 0, 1.0, 0.0)
 
 
 def test_what_does_not_fit_is_refused() -> None:

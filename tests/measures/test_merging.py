@@ -89,6 +89,32 @@ def test_tsv_of_updates_that_share_nothing_is_their_sum() -> None:
     close(dense(merged_svd(svds, method="tsv", keep=1.0)), dense(merged_svd(svds)))
 
 
+@pytest.mark.parametrize("method", ["tsv", "iso-c"])
+def test_updates_that_are_one_leave_no_arbitrary_directions(method: str) -> None:
+    svd = updates()[0].svd()
+    merged = merged_svd([svd, svd], method=method, keep=1.0)  # type: ignore[arg-type]
+    assert len(merged.S) == 3
+    if method == "tsv":  # each is a half of the direction they share
+        close(dense(merged), dense(svd))
+    else:
+        close(dense(merged), 2 * svd.S.mean() * svd.U @ svd.Vh)
+
+
+@pytest.mark.parametrize("method", ["sum", "tsv", "iso-c", "knots"])
+def test_an_update_without_directions_changes_nothing(method: str) -> None:
+    svd = updates()[0].svd()
+    none = Svd(svd.U[:, :0], svd.S[:0], svd.Vh[:0])
+    with_it, alone = (merged_svd(svds, method=method) for svds in ([svd, none], [svd]))  # type: ignore[arg-type]
+    close(dense(with_it), dense(alone))
+    assert len(merged_svd([none, none], method=method).S) == 0  # type: ignore[arg-type]
+
+
+def test_updates_that_cancel_are_nothing() -> None:
+    svd = updates()[0].svd()
+    merged = merged_svd([svd, svd], weights=[1.0, -1.0], method="iso-c")
+    assert float(merged.S.sum()) < 1e-12
+
+
 @pytest.mark.parametrize("density", [0.2, 1.0])
 def test_knots_is_ties_in_the_basis_of_all_outputs(density: float) -> None:
     made = updates(2, d_out=12, d_in=10, r=2)

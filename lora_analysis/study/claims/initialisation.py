@@ -2,7 +2,7 @@
 
 Values
 ------
-``shared_starts``, ``SHARED``.
+``shared_starts``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from collections.abc import Collection
 import numpy as np
 import pandas as pd
 
-SHARED = 0.1
-"""Share of rows, over all modules of a pair, from which two runs count as sharing their start."""
+from lora_analysis.measures.shared_start import SHARED
 
 
 def shared_starts(table: pd.DataFrame | None, kinds: Collection[str]) -> list[str]:
