@@ -54,6 +54,24 @@ def test_published_verdicts_are_those_of_the_published_tables(folder: Path) -> N
     assert (folder / "claims.txt").read_text("utf-8").splitlines() == lines
 
 
+def test_published_estimates_are_those_of_plain_means() -> None:
+    folder = FIGURES / "study-decoder"
+    claims = {claim.id: claim for claim in stored_claims(folder)}
+    runs = pd.read_parquet(folder / "tables" / "runs.parquet")
+    mine = runs[(runs["task"] == "near") & runs["size"].isna() & (runs["init_seed"] == runs["data_seed"])]
+    frozen = mine.loc[mine["method"] == "frozen", "held_out_loss"].item()
+
+    def gain(targets: str, r: int) -> float:
+        losses = mine.loc[(mine["targets"] == targets) & (mine["r"] == r), "held_out_loss"]
+        assert len(losses) == 3
+        return frozen - float(losses.mean())
+
+    assert claims["C1"].estimate == pytest.approx(gain("q+v", 4) - gain("o", 8), rel=1e-9)
+    assert claims["C2"].estimate == pytest.approx(gain("q", 8) - gain("q+v", 4), rel=1e-9)
+    assert claims["C3"].estimate == pytest.approx(gain("q+v", 1) / gain("q+v", 64), rel=1e-9)
+    assert claims["C14"].estimate == pytest.approx(gain("q+v", 64) - gain("q+v", 4), rel=1e-9)
+
+
 def test_a_study_that_is_not_finished_is_analysed_with_what_is_there(quick_study: Path, tmp_path: Path) -> None:
     copy = tmp_path / "study"
     shutil.copytree(quick_study, copy)
