@@ -172,6 +172,18 @@ def test_modules_that_are_not_seen_are_named(model: Model, modules: dict[str, An
         assert found.unseen == {"nowhere": "'nowhere.weight' is of no module of the model"}
 
 
+def test_updates_that_are_broken_or_nothing_stop_nothing(model: Model) -> None:
+    broken = la.LowRankUpdate(torch.full((6, 1), math.nan), torch.ones(1, 8), 1.0)
+    nothing = la.LowRankUpdate(torch.zeros(5, 2), torch.ones(2, 6), 1.0)
+    found = collect_activations(model, batches(), la.Adapter({"query": broken, "out": nothing}))
+    assert found.unseen == {"query": "its update holds NaN or infinities"}
+    assert found.moments[0, "out"].update_square == 0
+    assert math.isnan(found.moments[0, "out"].gain)
+    table = la.strength_table(la.Adapter({"query": broken, "out": nothing}), activations=found).set_index("module")
+    assert table.loc["query", "flags"] == "nonfinite"
+    assert table.loc["out", "flags"] == "zero"
+
+
 def test_no_batches_are_an_error(model: Model, adapter: la.Adapter) -> None:
     with pytest.raises(LoraAnalysisError, match="batches: expected at least one, got none"):
         collect_activations(model, [], adapter)
