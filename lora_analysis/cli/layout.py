@@ -144,20 +144,21 @@ def _padded(cell: str, width: int, *, right: bool = False) -> str:
 
 
 def _shortened(names: Sequence[str]) -> dict[str, str]:
-    """Distinct names without the components that all of them share, if they are long.
+    """Distinct names, or paths, without the components that all of them share, if they are long.
 
     Numbers stay: in names of several numbered levels one that is everywhere is not always the same level.
     """
     if len(names) < 2 or max(map(cell_len, names)) <= _LONG_NAME:
         return {name: name for name in names}
-    parts = {name: name.split(".") for name in names}
+    separator = "/" if all("/" in name for name in names) else "."
+    parts = {name: name.split(separator) for name in names}
     shared = set.intersection(*(set(components) for components in parts.values()))
     common = {component for component in shared if not component.isdigit()}
-    short = {name: _without(components, common) for name, components in parts.items()}
+    short = {name: _without(components, common, separator) for name, components in parts.items()}
     return short if len(set(short.values())) == len(names) else {name: name for name in names}
 
 
-def _without(components: Sequence[str], common: set[str]) -> str:
+def _without(components: Sequence[str], common: set[str], separator: str) -> str:
     kept: list[str] = []
     for component in components:
         if component not in common:
@@ -166,7 +167,7 @@ def _without(components: Sequence[str], common: set[str]) -> str:
             kept.append("…")
     while kept and kept[-1] == "…":
         kept.pop()
-    return ".".join(kept).replace(".….", "…") or ".".join(components)
+    return separator.join(kept).replace(f"{separator}…{separator}", "…") or separator.join(components)
 
 
 def _middle_elided(name: str, width: int) -> str:

@@ -107,7 +107,7 @@ def test_any_transformers_encoder_and_any_labelled_texts(tmp_path: Path) -> None
     assert (out / "claims.json").exists()
     # Called again, it would take the rates it has tuned.
     begun = Plan.from_json(plan)
-    untuned = replace(begun, recipe=replace(begun.recipe, lr={"lora": 1.0}))
+    untuned = replace(begun, recipe=replace(begun.recipe, lr={**begun.recipe.lr, "lora-r1": 1.0, "lora-r2": 1.0}))
     assert tuned_plan(untuned, out, processes=1) == begun
 
 

@@ -225,6 +225,13 @@ def test_numbers_in_names_are_kept_where_levels_share_them():
     assert page.legend == ["0…0…0 is up_blocks.0.attentions.0.transformer_blocks.0.to_q"]
 
 
+def test_paths_lose_the_folders_that_all_of_them_share():
+    names = [f"/data/shelf/adapters/{name}/lora.v1.safetensors" for name in ("red", "blue")]
+    page = laid_out(["adapter"], [[name] for name in names], ["name"], 80)
+    assert page.lines == ["red", "blue"]
+    assert page.legend == [f"red is {names[0]}"]
+
+
 def test_flags_empty_in_all_rows_have_no_column():
     page = laid_out(["module", "r", "flags"], [["q", "8", ""]], ["name", "number", "flags"], 80)
     assert page.heading.split() == ["module", "r"]

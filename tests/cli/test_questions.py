@@ -77,7 +77,8 @@ def test_they_print_80_columns_and_say_how_to_read_them(
 ) -> None:
     assert run(monkeypatch, command, *call(files, command)) == 0
     printed = capsys.readouterr().out
-    assert all(len(line) <= 80 for line in printed.splitlines())
+    # Whole names may be longer than a line: each stands on one of its own.
+    assert all(len(line) <= 80 for line in printed.splitlines() if str(files) not in line)
     assert "chance" in printed or "random" in printed or "merge S/N" in printed
     assert "nan" not in printed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
@@ -48,7 +49,11 @@ def test_verdicts_are_those_of_the_stored_tables(quick_study: Path) -> None:
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
 def test_published_verdicts_are_those_of_the_published_tables(folder: Path) -> None:
     tables, plan = read_evidence(folder)
-    assert study_claims(tables, plan) == stored_claims(folder)
+    for found, stored in zip(study_claims(tables, plan), stored_claims(folder), strict=True):
+        # Of the numbers the last digits are the machine's; those that are printed are in ``why``, to the letter.
+        for name, value in asdict(stored).items():
+            approximately = pytest.approx(value, rel=1e-9) if isinstance(value, float | tuple) else value
+            assert getattr(found, name) == approximately, (stored.id, name)
     tasks = json.loads((folder / "tasks.json").read_text("utf-8"))["tasks"]
     lines = [*claims_text(stored_claims(folder), plan), "", *control_lines(tables["runs"], tasks, plan)]
     assert (folder / "claims.txt").read_text("utf-8").splitlines() == lines
@@ -103,7 +108,9 @@ def test_the_claims_come_as_a_table_and_as_text() -> None:
     assert "rsLoRA's scale" in " ".join(lines)
     trained = [run for run in minilm_plan().runs() if run.method != "frozen"]
     assert f"{len(trained)} training runs of 100 steps" in " ".join(lines)
-    assert "its loss the cross-entropy of its label. Each claim is judged at its own level of 5 %" in " ".join(lines)
+    # A line may end at a hyphen.
+    assert "its loss the cross-entropy of its label. Each claim is" in " ".join(lines).replace("- ", "-")
+    assert "judged at its own level of 5 %" in " ".join(lines)
     assert max(map(len, lines)) <= 80
 
 
@@ -142,5 +149,5 @@ def test_controls_are_said_beside_what_needs_no_model(quick_study: Path) -> None
     full = runs[runs["method"] == "full"]["held_out_loss"]
     assert f"full fine-tuning {full.mean():.3f} ({full.min():.3f} to {full.max():.3f})" in text
     assert "permuted: frozen" in text
-    assert text.count("bigrams of the training bytes") == 3
+    assert text.count("bigrams of the training bytes") == len(tasks) > 1
     assert max(map(len, lines)) <= 80
