@@ -9,6 +9,7 @@ from lora_analysis.cli import options
 from lora_analysis.cli.output import (
     deliver,
     explain,
+    findings,
     number,
     print_source,
     print_table,
@@ -89,6 +90,8 @@ def amplify(
                 ("flags", "flags", str),
             ],
         )
+    last = table.groupby(["adapter", "module"], sort=False).tail(1)
+    explain(f"{findings(last['q'], 'Gain at the largest k')} {findings(last['sign_q'], 'Its signs')}")
     explain(
         "gain = ‖UᵀWV‖ / random is the number to read. factor = ‖ΔW‖ / ‖UᵀWV‖ falls with k for random "
         "directions too, and is below theirs where gain > 1. ceiling = ‖UᵀWV‖ / top."

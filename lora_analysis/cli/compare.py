@@ -12,7 +12,7 @@ import typer
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.cli import options
-from lora_analysis.cli.output import deliver, explain, number, print_table, probability, report_notes, say
+from lora_analysis.cli.output import deliver, explain, findings, number, print_table, probability, report_notes, say
 from lora_analysis.tables import similarity_table
 
 Which = Annotated[
@@ -137,10 +137,12 @@ def _print(table: pd.DataFrame) -> None:
             "first": first["phi"],
             "first_null": first["null_mean"],
             "first_p": first["p"],
+            "first_q": first["q"],
             "cell": last["i"].astype(str) + "," + last["j"].astype(str),
             "last": last["phi"],
             "last_null": last["null_mean"],
             "last_p": last["p"],
+            "last_q": last["q"],
             "flags": last["flags"],
         }
     ).reset_index()
@@ -163,6 +165,8 @@ def _print(table: pd.DataFrame) -> None:
         ],
         limit=None if same else _SHOWN,
     )
+    ends = (("first", "φ(1,1)"), ("last", "φ(r,r')"))
+    explain(" ".join(findings(lines[f"{end}_q"], what) for end, what in ends))
     chance = lines["first_null"].dropna()
     if len(chance):
         explain(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from lora_analysis.cli import options
-from lora_analysis.cli.output import deliver, explain, number, print_table, probability, report_notes, share
+from lora_analysis.cli.output import deliver, explain, findings, number, print_table, probability, report_notes, share
 from lora_analysis.tables import interference_table
 
 
@@ -67,6 +67,7 @@ def interference(
             ("flags", "flags", str),
         ],
     )
+    explain(findings(table["sti_q"], "STI"))
     explain(
         "cos: of the updates, in standard deviations of chance (five make a finding). STI: interference of singular "
         "vectors over Σσ, and what random ones give. SAR: share of an update in the leading directions of the sum. "

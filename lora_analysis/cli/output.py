@@ -23,6 +23,7 @@ from rich.text import Text
 from lora_analysis.adapter import Adapter
 from lora_analysis.base import BaseWeights
 from lora_analysis.cli.layout import Kind, laid_out
+from lora_analysis.tables.discoveries import RATE
 from lora_analysis.tables.frames import records, write_table
 
 _TEXT = {"side", "scale_source"}
@@ -74,6 +75,19 @@ def deliver(table: pd.DataFrame, *, out: Path | None, as_json: bool) -> bool:
     if as_json:
         print(json.dumps(records(table), indent=1, allow_nan=False))
     return out is not None or as_json
+
+
+def findings(q: pd.Series[float], what: str) -> str:
+    """How many tests hold once their number is counted, as a sentence."""
+    known = q.dropna()
+    if known.empty:
+        return f"{what}: not tested."
+    found = int((known <= RATE).sum())
+    if not found:
+        return f"{what}: consistent with chance in all {len(known)}."
+    rest = len(known) - found
+    others = f", {rest} consistent with chance" if rest else ""
+    return f"{what}: beyond chance in {found} of {len(known)}{others} (false discovery rate {RATE:.0%})."
 
 
 def print_source(source: object) -> None:

@@ -6,7 +6,7 @@ import sys
 import warnings
 
 from lora_analysis.cli import options
-from lora_analysis.cli.output import deliver, explain, number, print_table, probability, report_notes, say
+from lora_analysis.cli.output import deliver, explain, findings, number, print_table, probability, report_notes, say
 from lora_analysis.tables import reproducible_table
 
 
@@ -72,6 +72,7 @@ def reproducible(
     )
     pairs = len(table[["adapter_a", "adapter_b"]].drop_duplicates())
     each = "" if pairs == 1 else f" Of {pairs} pairs that which shares least, in each line."
+    explain(" ".join(findings(rows["q"], f"Side {side}") for side, rows in table.groupby("side")))
     explain(
         "shared: principal cosines above chance, the 99 % quantile of the largest of random subspaces; p is that of "
         f"the largest.{each} Seeds must differ in initialisation and in the order of the data, or what they share is "

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import pandas as pd
 import typer
 
 from lora_analysis.cli import options
-from lora_analysis.cli.output import deliver, explain, number, print_table, probability, report_notes
+from lora_analysis.cli.output import deliver, explain, findings, number, print_table, probability, report_notes, say
 from lora_analysis.tables import sameness_table
+
+_SHOWN = 60
 
 
 def same(
     adapter_a: Annotated[str, typer.Argument(metavar="A", help="An adapter.")],
-    adapter_b: Annotated[str, typer.Argument(metavar="B", help="Another of the same base.")],
+    adapter_b: Annotated[
+        str | None, typer.Argument(metavar="B", help="Another of the same base; without it the layers of A.")
+    ] = None,
+    pairs: options.Pairs = None,
     draws: options.Draws = 1999,
     seed: options.Seed = 0,
     format: options.Format = None,
@@ -33,12 +39,17 @@ def same(
     out: options.Out = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Are these the same? Start, updates and subspaces of two adapters, module by module.
+    """Are these the same? Start, updates and subspaces of two adapters, module by module, or of one's layers.
 
     Example: lora-analysis same runs/seed0 runs/seed1
     """
+    listed = options.module_pairs(pairs)
+    if adapter_b is None and listed == "same":
+        raise typer.BadParameter(
+            "expected 'all' or MODULE_A=MODULE_B, got 'same': a module is always like itself.", param_hint="--pairs"
+        )
     opened = options.open_adapters(
-        [adapter_a, adapter_b],
+        [adapter_a] if adapter_b is None else [adapter_a, adapter_b],
         format=format,
         alpha=alpha,
         base=options.open_base(base, device, base_revision),
@@ -50,14 +61,22 @@ def same(
         device=device,
         revision=revision,
     )
-    table = sameness_table(*opened, draws=draws, seed=seed, workers=workers, progress=sys.stderr.isatty())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        table = sameness_table(
+            *opened, pairs=listed, draws=draws, seed=seed, workers=workers, progress=sys.stderr.isatty()
+        )
+    for warning in caught:
+        say(f"note: {warning.message}")
     report_notes(opened)
     if deliver(table, out=out, as_json=as_json):
         return
+    same_names = bool((table["module_a"] == table["module_b"]).all())
     print_table(
-        table,
+        table if same_names else table.sort_values(["cosine_p", "cosine"], ascending=[True, False], kind="stable"),
         [
-            ("module", "module", str),
+            ("module_a", "module", str),
+            *([] if same_names else [("module_b", "module", str)]),
             ("cosine", "cos", number(2)),
             ("cosine_p", "p", probability),
             ("phi_corrected_in", "φ* in", number(2)),
@@ -66,8 +85,11 @@ def same(
             ("phi_p_out", "p", probability),
             ("flags", "flags", str),
         ],
+        limit=None if same_names else _SHOWN,
     )
     explain(_start(table))
+    tested = (("cosine_q", "cos"), ("phi_q_in", "φ* in"), ("phi_q_out", "φ* out"))
+    explain(" ".join(findings(table[column], what) for column, what in tested))
     explain(
         "cos: of the updates as vectors. φ*: overlap of all their directions, 0 by chance and 1 where one holds the "
         "other. p: against random directions, one test per line, not corrected for their number."

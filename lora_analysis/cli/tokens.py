@@ -15,6 +15,7 @@ from lora_analysis.cli import options
 from lora_analysis.cli.output import (
     deliver,
     explain,
+    findings,
     number,
     print_source,
     print_table,
@@ -105,6 +106,7 @@ def tokens(
                 ("flags", "flags", str),
             ],
         )
+    explain(findings(table["q"], "Tokens"))
     explain(
         "|cos|: of the nearest token; p: random directions come as close to one of all tokens. Modules that read the "
         "residual stream (q, k, v) speak on side in, those that write to it (o) on side out."

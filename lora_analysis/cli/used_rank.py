@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from lora_analysis.cli import options
-from lora_analysis.cli.output import deliver, explain, number, print_source, print_table, report_notes
+from lora_analysis.cli.output import deliver, explain, findings, number, print_source, print_table, report_notes
 from lora_analysis.tables import used_rank_table
 
 _SHOWN = ("stable_rank", "effective_rank", "k90")
@@ -74,7 +74,7 @@ def used_rank(
                 ("flags", "flags", str),
             ],
         )
-    explain(_verdict(table))
+    explain(f"{_verdict(table)} {findings(table['learned_q'], 'A has learned')}")
     explain(
         "chance: 1 % to 99 % of random factors of the same shape; inside it a measure is consistent with chance. "
         "resolved: directions above storage noise. learned: directions of A that its random start does not explain. "

@@ -16,8 +16,8 @@ Plots
 -----
 ``rank_ablation`` (tables 6 and 18 of the paper), ``similarity_grid``, ``figure_ranks`` (figure 3),
 ``figure_seeds`` (figure 4), ``figure_top_directions`` (figure 8), ``amplification_points`` and ``gain_by_layer``
-(table 7), ``spectra``,
-``training_dynamics`` and ``figure_dynamics``; ``save_figure``.
+(table 7), ``spectra``, ``module_map``, ``spectrum_overlap``, ``figure_atlas``, ``training_dynamics`` and
+``figure_dynamics``; ``save_figure``.
 
 References
 ----------
@@ -27,21 +27,27 @@ Hu et al. 2021, arXiv:2106.09685. Okabe and Ito, *Color Universal Design*, 2008.
 from lora_analysis.plots.ablation import rank_ablation
 from lora_analysis.plots.amplification import amplification_points, gain_by_layer
 from lora_analysis.plots.dynamics import figure_dynamics, training_dynamics
+from lora_analysis.plots.maps import module_map
+from lora_analysis.plots.overlap import spectrum_overlap
 from lora_analysis.plots.saving import save_figure
+from lora_analysis.plots.shelf import figure_atlas
 from lora_analysis.plots.similarity import figure_ranks, figure_seeds, similarity_grid
 from lora_analysis.plots.spectra import spectra
 from lora_analysis.plots.top_directions import figure_top_directions
 
 __all__ = [
     "amplification_points",
+    "figure_atlas",
     "figure_dynamics",
     "figure_ranks",
     "figure_seeds",
     "figure_top_directions",
     "gain_by_layer",
+    "module_map",
     "rank_ablation",
     "save_figure",
     "similarity_grid",
     "spectra",
+    "spectrum_overlap",
     "training_dynamics",
 ]

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import pandas as pd
 from torch import Tensor
 
-from lora_analysis.adapter import Adapter, Module, Target
+from lora_analysis.adapter import Adapter, Module
 from lora_analysis.base import BaseWeights
-from lora_analysis.errors import BaseWeightsError, UndefinedUpdateError
+from lora_analysis.errors import UndefinedUpdateError
 from lora_analysis.measures import spectrum
 from lora_analysis.measures.amplification import Amplification, amplification, gains_of, projected_null_rms, sign_p
 from lora_analysis.measures.projection_null import projection_null, projection_null_draws
 from lora_analysis.measures.weight import WeightSpectrum, weight_rows, weight_spectrum
+from lora_analysis.tables.base_matrices import Rows, over_base_matrices
 from lora_analysis.tables.directions import last_k
+from lora_analysis.tables.discoveries import with_discoveries
 from lora_analysis.tables.frames import as_adapters, frame, module_flags
-from lora_analysis.tables.pool import over_modules
 from lora_analysis.update import with_scale
 
 SPLIT = ("gain_out", "gain_out_z", "gain_in", "sign_p")
-COLUMNS = ("adapter", "module", "k", *Amplification._fields, "projected_top_error", *SPLIT, "flags")
+COLUMNS = ("adapter", "module", "k", *Amplification._fields, "projected_top_error", *SPLIT, "q", "sign_q", "flags")
 _SCALE_BOUND = ("norm_update", "amplification", "amplification_null")
 
 
@@ -60,7 +59,8 @@ def amplification_table(
         ``projected_top_error``, which ``projected_top`` is within by the residuals of W's decomposition. The gain is
         the product of ``gain_out``, that of the output directions (with its standard score ``gain_out_z``), and
         ``gain_in``, that of the input directions given those: 1 while A is still random. ``sign_p`` is the exact p
-        of ``signed_positive``. At k
+        of ``signed_positive``. ``q`` and ``sign_q`` are adjusted for the number of modules (``tables.discoveries``).
+        At k
         everything uses the best rank-k part ΔW_k, so k = r is the paper's figure. Rows with k beyond the
         numerical rank are NaN, flagged ``beyond-rank``; where the scale is unknown, ``norm_update`` and the
         two amplifications are NaN.
@@ -78,38 +78,19 @@ def amplification_table(
         ks = sorted({int(k) for k in ks})
         if not ks or min(ks) < 1:
             raise ValueError(f"ks: expected positive integers, got {ks}.")
-    adapters = as_adapters(adapter)
-    users: dict[tuple[Target, tuple[int, int]], list[tuple[int, str]]] = {}
-    for number, item in enumerate(adapters):
-        names = base.find_all(module.target.tensor for module in item.modules.values())
-        for name, module in item.modules.items():
-            target = replace(module.target, tensor=names[module.target.tensor])
-            users.setdefault((target, module.shape), []).append((number, name))
 
-    def rows_of_matrix(item: tuple[tuple[Target, tuple[int, int]], list[tuple[int, str]]]) -> list[dict[str, Any]]:
-        (target, shape), modules = item
-        weight = base.matrix(target, shape)
-        wanted = {(number, name): ks or _default_ks(adapters[number].modules[name]) for number, name in modules}
-        most = max([1, *(k for values in wanted.values() for k in values if k <= min(shape))])
-        try:
-            whole = weight_spectrum(weight, most, seed=seed)
-            null = projection_null_draws(whole, shape, most, draws=draws, seed=seed) if draws else None
-            return [
-                row
-                for (number, name), values in wanted.items()
-                for row in _rows((number, name), adapters[number], weight, whole, null, values)
-            ]
-        except BaseWeightsError as error:
-            raise BaseWeightsError(f"{base.source}: {target.tensor!r}: {error}") from error
+    def rows_of_matrix(weight: Tensor, modules: list[Module]) -> list[Rows]:
+        shape = (weight.shape[0], weight.shape[1])
+        wanted = [ks or _default_ks(module) for module in modules]
+        most = max([1, *(k for values in wanted for k in values if k <= min(shape))])
+        whole = weight_spectrum(weight, most, seed=seed)
+        null = projection_null_draws(whole, shape, most, draws=draws, seed=seed) if draws else None
+        return [_rows(module, weight, whole, null, values) for module, values in zip(modules, wanted, strict=True)]
 
-    found = over_modules(
-        rows_of_matrix, list(users.items()), workers=workers, progress=progress, description="Amplification"
+    rows = over_base_matrices(
+        rows_of_matrix, as_adapters(adapter), base, workers=workers, progress=progress, description="Amplification"
     )
-    by_module: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for row in (row for rows in found for row in rows):
-        by_module.setdefault((row.pop("_adapter"), row["module"]), []).append(row)
-    ordered = [row for number, item in enumerate(adapters) for name in item for row in by_module[number, name]]
-    return frame(ordered, COLUMNS)
+    return with_discoveries(frame(rows, COLUMNS), {"p": ["adapter", "k"], "sign_p": ["adapter", "k"]})
 
 
 def _default_ks(module: Module) -> list[int]:
@@ -117,20 +98,11 @@ def _default_ks(module: Module) -> list[int]:
     return sorted({2**power for power in range(most.bit_length())} | {most})
 
 
-def _rows(
-    number_and_name: tuple[int, str],
-    adapter: Adapter,
-    weight: Tensor,
-    whole: WeightSpectrum,
-    null: Tensor | None,
-    ks: Sequence[int],
-) -> list[dict[str, Any]]:
+def _rows(module: Module, weight: Tensor, whole: WeightSpectrum, null: Tensor | None, ks: Sequence[int]) -> Rows:
     """The rows of one module of one adapter."""
-    number, name = number_and_name
-    module = adapter.modules[name]
     known = module.scale_source != "unknown"
     flags = module_flags(module)
-    update = adapter[name] if known else with_scale(adapter[name], 1.0)
+    update = module.read() if known else with_scale(module.read(), 1.0)
     try:
         svd = update.svd(max(ks))
         rank = spectrum.numerical_rank(svd.S, module.shape)
@@ -160,9 +132,6 @@ def _rows(
         words += ["outside-base"] * math.isinf(found["amplification"])
         rows.append(
             {
-                "_adapter": number,
-                "adapter": adapter.source,
-                "module": name,
                 "k": k,
                 **found,
                 **hidden,

@@ -27,6 +27,7 @@ from lora_analysis.measures.shared_basis import (
     union_rank,
 )
 from lora_analysis.tables.directions import usable_svd
+from lora_analysis.tables.discoveries import with_discoveries
 from lora_analysis.tables.frames import frame
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.update import LowRankUpdate, Svd
@@ -43,6 +44,7 @@ COLUMNS = (
     "sti_relative",
     "sti_null",
     "sti_p",
+    "sti_q",
     "alignment_ratio",
     "sign_conflict",
     "union_rank",
@@ -87,7 +89,8 @@ def interference_table(
         One row per module; of several pairs the mean. ``cosine`` of the updates, by chance 0 with standard deviation
         ``cosine_null_sd`` (take five of them for a finding). ``sti`` is singular task interference in the unit of the
         weights, ``sti_relative`` over ``sigma_sum``, the sum of all singular values; ``sti_null`` is its mean for
-        updates of the same spectra turned at random, ``sti_p`` its upper tail. ``alignment_ratio`` is the mean share of
+        updates of the same spectra turned at random, ``sti_p`` its upper tail and ``sti_q`` the same
+        adjusted for the number of modules (``tables.discoveries``). ``alignment_ratio`` is the mean share of
         an update in the leading directions of the sum, ``sign_conflict`` that of entries on which updates disagree.
         ``union_rank`` counts the output directions that all span together, ``union_rank_in`` the input ones, beside
         ``rank_sum``, which they have where nothing is shared. ``averaging_error`` is how far averaging factors is
@@ -133,7 +136,8 @@ def interference_table(
         progress=progress,
         description="Interference",
     )
-    return frame(rows, COLUMNS, counts=("union_rank", "union_rank_in", "rank_sum"))
+    table = frame(rows, COLUMNS, counts=("union_rank", "union_rank_in", "rank_sum"))
+    return with_discoveries(table, {"sti_p": []})
 
 
 def _row(

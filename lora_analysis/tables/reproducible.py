@@ -16,6 +16,7 @@ from lora_analysis.errors import LoraAnalysisError
 from lora_analysis.measures.null import largest_cosine_null
 from lora_analysis.measures.reproducible import shared_directions
 from lora_analysis.tables.directions import usable_svd
+from lora_analysis.tables.discoveries import with_discoveries
 from lora_analysis.tables.frames import frame
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.tables.starts import rows_shared, same_start
@@ -33,6 +34,7 @@ COLUMNS = (
     "largest_cosine",
     "chance_edge",
     "p",
+    "q",
     "rows_shared",
     "flags",
 )
@@ -64,7 +66,8 @@ def reproducible_table(
     DataFrame
         One row per pair of adapters, module they both have, and side. ``m`` and ``n`` are the directions compared (the
         numerical ranks, of unbounded ones at most ``max(r, 64)``), ``reproduced`` counts the principal cosines above
-        ``chance_edge``, the 99 % quantile of the largest by chance; ``p`` is that of the largest. ``rows_shared`` is
+        ``chance_edge``, the 99 % quantile of the largest by chance; ``p`` is that of the largest, and ``q``
+        adjusted for the number of modules (``tables.discoveries``). ``rows_shared`` is
         the share of A's rows that the two began with in common, as far as their trained A's tell: from a tenth on the
         row is flagged ``same-start``, and similarity on the side ``in`` is no sign of learning. Dimensionless.
 
@@ -147,7 +150,8 @@ def reproducible_table(
                     "flags": " ".join(flags),
                 }
             )
-    return frame(rows, COLUMNS, counts=("reproduced",))
+    table = frame(rows, COLUMNS, counts=("reproduced",))
+    return with_discoveries(table, {"p": ["adapter_a", "adapter_b", "side"]})
 
 
 def _basis(svd: Svd | None, side: str) -> Tensor | None:

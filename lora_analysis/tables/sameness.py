@@ -1,4 +1,4 @@
-"""Are two adapters the same thing? Asked of their start, their updates, their subspaces and what they do to inputs."""
+"""Are two updates the same thing? Asked of their start, their size, their subspaces and what they do to inputs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,28 @@ from lora_analysis.measures.null import SimilarityNull, similarity_null
 from lora_analysis.measures.spectrum import energy_rank
 from lora_analysis.measures.subspace import corrected_similarity, grassmann_distance, subspace_similarity
 from lora_analysis.tables.directions import usable_svd
+from lora_analysis.tables.discoveries import with_discoveries
 from lora_analysis.tables.frames import frame
+from lora_analysis.tables.pairs import Pairs, module_pairs
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.tables.starts import rows_shared, same_start
 from lora_analysis.update import Svd, with_scale
 
 SIDES = ("in", "out")
-_BY_SIDE = ("m", "n", "phi", "phi_corrected", "phi_p", "k90_a", "k90_b", "chordal", "chordal_chance", "geodesic")
+_BY_SIDE = (
+    *("m", "n", "phi", "phi_corrected", "phi_p", "phi_q"),
+    *("k90_a", "k90_b", "chordal", "chordal_chance", "geodesic"),
+)
 COLUMNS = (
     "adapter_a",
     "adapter_b",
-    "module",
+    "module_a",
+    "module_b",
     "rows_shared",
     "cosine",
     "cosine_null_sd",
     "cosine_p",
+    "cosine_q",
     "norm_ratio",
     *(f"{name}_{side}" for side in SIDES for name in _BY_SIDE),
     "agreement",
@@ -42,20 +49,23 @@ _COUNTS = tuple(f"{name}_{side}" for side in SIDES for name in ("m", "n", "k90_a
 
 def sameness_table(
     a: Adapter,
-    b: Adapter,
+    b: Adapter | None = None,
     *,
+    pairs: Pairs = None,
     activations: Activations | None = None,
     draws: int = 1999,
     seed: int = 0,
     workers: int | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """One line for each module that two adapters have, by every sense in which their updates can be the same.
+    """Every sense in which two updates can be the same: of two adapters, or of the layers of one.
 
     Parameters
     ----------
     a, b : Adapter
-        Of one base.
+        Of one base. Without ``b``, modules of ``a`` against each other.
+    pairs : {"same", "all"} or sequence of (str, str), optional
+        As in ``similarity_table``; pairs of different shapes have no row.
     activations : Activations, optional
         Of ``collect_activations`` for [a, b], for ``agreement``.
     draws, seed : int
@@ -68,19 +78,20 @@ def sameness_table(
     Returns
     -------
     DataFrame
-        One row per module. ``rows_shared`` is the share of A's rows that both began with, as far as trained A's tell;
-        from a tenth on the row is flagged ``same-start``: likeness on the side ``in`` is then no sign of learning.
-        ``cosine`` is that of the updates as vectors, ``cosine_p`` two-sided against updates of the same spectra turned
-        at random; ``norm_ratio`` is the smaller norm over the larger. On either side: ``phi`` of all m and n directions
-        (1 where one subspace holds the other), ``phi_corrected`` (0 by chance), ``phi_p``; and between the directions
-        that hold 90 % of the energy, ``k90_a`` and ``k90_b`` of them, ``chordal`` with its root mean square by chance,
-        and ``geodesic`` (radians). ``agreement`` is linear CKA of what the updates add on inputs. Where a scale is
-        unknown ``norm_ratio`` is NaN and all else holds.
+        One row per pair of modules. ``rows_shared`` is the share of A's rows that both began with, as far as trained
+        A's tell; from a tenth on the row is flagged ``same-start``: likeness on the side ``in`` is then no sign of
+        learning. ``cosine`` is that of the updates as vectors, ``cosine_p`` two-sided against updates of the same
+        spectra turned at random; ``norm_ratio`` is the smaller norm over the larger. On either side: ``phi`` of all m
+        and n directions (1 where one subspace holds the other), ``phi_corrected`` (0 by chance), ``phi_p``; each p has
+        a q, adjusted for the number of pairs (``tables.discoveries``); and between the directions that hold 90 % of the
+        energy, ``k90_a`` and ``k90_b`` of them, ``chordal`` with its root mean square by chance, and ``geodesic``
+        (radians). ``agreement`` is linear CKA of what two updates of one module add to its output on the same inputs.
+        Where a scale is unknown ``norm_ratio`` is NaN and all else holds.
 
     Raises
     ------
     LoraAnalysisError
-        If no module of one shape is in both.
+        If there is nothing to compare: no pair of modules of one shape.
 
     References
     ----------
@@ -96,15 +107,14 @@ def sameness_table(
     >>> [round(float(row[column]), 12) for column in ("phi_in", "phi_out", "cosine")]
     [0.5, 1.0, 0.0]
     """
-    names = [name for name in a if name in b and a.modules[name].shape == b.modules[name].shape]
-    if not names:
-        raise LoraAnalysisError(
-            f"{a.source} and {b.source}: expected modules of one name and shape, got none. "
-            "Compare adapters of one base."
-        )
+    other = a if b is None else b
+    found = module_pairs(a, b, pairs)
+    listed = [(x, y) for x, y in found if a.modules[x].shape == other.modules[y].shape]
+    if not listed:
+        raise LoraAnalysisError(f"{a.source}: expected modules of one shape to compare, got none.")
     rows = over_modules(
-        lambda name: _row(a, b, name, activations, draws, seed),
-        names,
+        lambda pair: _row(a, other, pair, activations, draws, seed),
+        listed,
         workers=workers,
         progress=progress,
         description="Sameness",
@@ -113,11 +123,14 @@ def sameness_table(
     for row in rows:
         for side in SIDES:
             _add_chance(row, side, nulls, draws, seed)
-    return frame(rows, COLUMNS, counts=_COUNTS)
+    families: dict[str, list[str]] = {"cosine_p": [], "phi_p_in": [], "phi_p_out": []}
+    return with_discoveries(frame(rows, COLUMNS, counts=_COUNTS), families)
 
 
-def _row(a: Adapter, b: Adapter, name: str, activations: Activations | None, draws: int, seed: int) -> dict[str, Any]:
-    modules = a.modules[name], b.modules[name]
+def _row(
+    a: Adapter, b: Adapter, pair: tuple[str, str], activations: Activations | None, draws: int, seed: int
+) -> dict[str, Any]:
+    modules = a.modules[pair[0]], b.modules[pair[1]]
     shape = modules[0].shape
     found = [usable_svd(module, scale_bound=False, leading_only=True) for module in modules]
     flags = list(dict.fromkeys(word for _, words in found for word in words))
@@ -126,7 +139,8 @@ def _row(a: Adapter, b: Adapter, name: str, activations: Activations | None, dra
     row |= {
         "adapter_a": a.source,
         "adapter_b": b.source,
-        "module": name,
+        "module_a": pair[0],
+        "module_b": pair[1],
         "cosine_null_sd": update_cosine_null_sd(shape),
         "_d": shape,
     }
@@ -136,8 +150,7 @@ def _row(a: Adapter, b: Adapter, name: str, activations: Activations | None, dra
     if len(tops) < 2:
         return row | {"flags": " ".join(flags)}
     updates = [
-        adapter[name] if module.scale_source != "unknown" else with_scale(adapter[name], 1.0)
-        for adapter, module in zip((a, b), modules, strict=True)
+        module.read() if module.scale_source != "unknown" else with_scale(module.read(), 1.0) for module in modules
     ]
     cosine = update_cosine(*updates)
     null = update_cosine_null(tops[0].S, tops[1].S, shape, draws=draws, seed=seed)
@@ -147,8 +160,9 @@ def _row(a: Adapter, b: Adapter, name: str, activations: Activations | None, dra
         row["norm_ratio"] = norms[0] / norms[1]
     for side in SIDES:
         row |= {f"{field}_{side}": value for field, value in _subspaces(tops[0], tops[1], side).items()}
-    if activations is not None and (0, name) in activations.moments and (1, name) in activations.moments:
-        row["agreement"] = activations.agreement(0, 1, name)
+    if activations is not None and pair[0] == pair[1]:
+        places = [(number, pair[0]) in activations.moments for number in (0, 1)]
+        row["agreement"] = activations.agreement(0, 1, pair[0]) if all(places) else math.nan
     return row | {"flags": " ".join(flags)}
 
 

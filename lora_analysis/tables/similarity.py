@@ -11,7 +11,6 @@ import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +25,9 @@ from lora_analysis.measures import precision, spectrum
 from lora_analysis.measures.null import SimilarityNull, similarity_null
 from lora_analysis.measures.subspace import subspace_similarity
 from lora_analysis.tables.directions import leading
+from lora_analysis.tables.discoveries import with_discoveries
 from lora_analysis.tables.frames import module_flags
+from lora_analysis.tables.pairs import Pairs, module_pairs
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.update import LowRankUpdate, Update, factors, with_scale
 
@@ -47,6 +48,7 @@ COLUMNS = (
     "null_sd",
     "z",
     "p",
+    "q",
     "flags",
 )
 _TIE = 1e-12
@@ -58,7 +60,7 @@ def similarity_table(
     b: Adapter | None = None,
     *,
     target: Which = "update",
-    pairs: Literal["same", "all"] | Sequence[tuple[str, str]] | None = None,
+    pairs: Pairs = None,
     cells: Literal["landmarks", "all"] = "landmarks",
     draws: int = 2000,
     seed: int = 0,
@@ -94,7 +96,8 @@ def similarity_table(
     DataFrame
         One row per pair, side and cell. ``phi`` is dimensionless, in [0, 1]; its chance level is
         ``null_mean`` = max(i, j) / d. ``z`` is NaN for i = 1 or j = 1, where the null is skewed; ``p`` is
-        exact there. Cells beyond a numerical rank are NaN with the flag ``beyond-rank``.
+        exact there, and ``q`` is p adjusted for the number of pairs, side by side and cell by cell
+        (``tables.discoveries``). Cells beyond a numerical rank are NaN with the flag ``beyond-rank``.
 
     Raises
     ------
@@ -116,7 +119,7 @@ def similarity_table(
     if cells not in ("landmarks", "all"):
         raise ValueError(f"cells: expected 'landmarks' or 'all', got {cells!r}.")
     other = a if b is None else b
-    listed = _module_pairs(a, b, pairs)
+    listed = module_pairs(a, b, pairs)
     appearances = Counter(
         itertools.chain(((id(a), first) for first, _ in listed), ((id(other), second) for _, second in listed))
     )
@@ -161,7 +164,7 @@ def similarity_table(
         raise LoraAnalysisError(f"{a.source}: no two modules share a dimension on a side that {target!r} has.")
     if apart := sum(not sides for sides in found):
         warnings.warn(f"{apart} of {len(listed)} pairs share no dimension and have no rows.", stacklevel=2)
-    return pd.concat(parts, ignore_index=True)
+    return with_discoveries(pd.concat(parts, ignore_index=True), {"p": ["target", "side", "i", "j"]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,59 +313,8 @@ def _part(
             "null_sd": null.sd.numpy()[grid.i - 1, grid.j - 1],
             "z": null.z(phi, cells=index).numpy(),
             "p": null.p(phi, cells=index).numpy(),
+            "q": math.nan,
             "flags": grid.flags,
         },
         columns=list(COLUMNS),
     )
-
-
-def _module_pairs(
-    a: Adapter, b: Adapter | None, pairs: str | Sequence[tuple[str, str]] | None
-) -> list[tuple[str, str]]:
-    if pairs is None:
-        pairs = "all" if b is None else "same"
-    if pairs == "all":
-        found = list(itertools.combinations(a, 2)) if b is None else list(itertools.product(a, b))
-        if not found:
-            raise LoraAnalysisError(
-                f"{a.source}: expected two modules or more to compare, got {len(a)}."
-                if b is None
-                else f"{a.source} and {b.source}: expected modules in both, got {len(a)} and {len(b)}."
-            )
-        return found
-    if pairs == "same":
-        if b is None:
-            raise ValueError("pairs: expected 'all' or a list for one adapter; a module is always like itself.")
-        return _same_names(a, b)
-    if isinstance(pairs, str):
-        raise ValueError(f"pairs: expected 'same', 'all' or a list of pairs, got {pairs!r}.")
-    other = a if b is None else b
-    listed = [(first, second) for first, second in pairs]
-    for first, second in listed:
-        for adapter, name in ((a, first), (other, second)):
-            if name not in adapter:
-                raise LoraAnalysisError(f"{adapter.source}: no module {name!r} (first: {next(iter(adapter), None)!r}).")
-    return listed
-
-
-def _same_names(a: Adapter, b: Adapter) -> list[tuple[str, str]]:
-    shared = [name for name in a if name in b]
-    if not shared:
-        raise LoraAnalysisError(
-            f"{a.source} and {b.source}: expected modules of like name, found none (first: "
-            f"{next(iter(a), None)!r} and {next(iter(b), None)!r}). Compare with pairs='all'."
-        )
-    for name in shared:
-        if a.modules[name].shape != b.modules[name].shape:
-            raise LoraAnalysisError(
-                f"{name!r}: expected one shape, got {a.modules[name].shape} in {a.source} and "
-                f"{b.modules[name].shape} in {b.source}. Were they trained on one base model?"
-            )
-    alone = len(a) + len(b) - 2 * len(shared)
-    if alone:
-        warnings.warn(
-            f"{alone} modules stay out of the comparison, since only one of the adapters has them; "
-            f"{len(shared)} are compared.",
-            stacklevel=4,
-        )
-    return [(name, name) for name in shared]

@@ -15,12 +15,13 @@ from lora_analysis.measures.deciles import SpectrumOverlap, part_null_draws, par
 from lora_analysis.measures.triples import Triples, leading_triples
 from lora_analysis.tables.base_matrices import Rows, over_base_matrices
 from lora_analysis.tables.directions import last_k, usable_svd
+from lora_analysis.tables.discoveries import with_discoveries
 from lora_analysis.tables.frames import as_adapters, frame
 
 COLUMNS = (
     "adapter", "module", "side", "k", "part", "first", "last",
-    "overlap", "null_mean", "null_sd", "z", "p",
-    "energy_share", "energy_null_sd", "energy_z", "energy_p",
+    "overlap", "null_mean", "null_sd", "z", "p", "q",
+    "energy_share", "energy_null_sd", "energy_z", "energy_p", "energy_q",
     "flags",
 )  # fmt: skip
 
@@ -58,12 +59,12 @@ def spectrum_overlap_table(
     Returns
     -------
     DataFrame
-        One row per module, side (``out`` for left singular vectors, ``in`` for right ones), k and part, from 1
-        at the largest singular values; ``first`` and ``last`` count W's directions from 1. On the longer side
-        of a rectangular W one more part is what W does not reach, flagged ``outside-base``. ``overlap`` counts each
-        of the k directions alike, ``energy_share`` by its singular value squared; both have the mean
-        ``null_mean`` by chance and are scale-free. Rows with k beyond the numerical rank are NaN, flagged
-        ``beyond-rank``; where W = 0 there is no spectrum, flagged ``zero-base``.
+        One row per module, side (``out`` for left singular vectors, ``in`` for right ones), k and part, from 1 at the
+        largest singular values; ``first`` and ``last`` count W's directions from 1. On the longer side of a rectangular
+        W one more part is what W does not reach, flagged ``outside-base``. ``overlap`` counts each of the k directions
+        alike, ``energy_share`` by its singular value squared; both have the mean ``null_mean`` by chance and are
+        scale-free; the q of each p is adjusted for the number of modules. Rows with k beyond the numerical rank are
+        NaN, flagged ``beyond-rank``; where W = 0 there is no spectrum, flagged ``zero-base``.
 
     Raises
     ------
@@ -116,7 +117,8 @@ def spectrum_overlap_table(
     rows = over_base_matrices(
         rows_of_matrix, adapters, base, workers=workers, progress=progress, description="Spectrum overlap"
     )
-    return frame(rows, COLUMNS)
+    family = ["adapter", "side", "k", "part"]
+    return with_discoveries(frame(rows, COLUMNS), {"p": family, "energy_p": family})
 
 
 def _rows(

@@ -14,11 +14,12 @@ from lora_analysis.base import BaseWeights
 from lora_analysis.errors import BaseWeightsError, UndefinedUpdateError
 from lora_analysis.measures.spectrum import numerical_rank
 from lora_analysis.measures.tokens import largest_token_cosine_null, nearest_tokens
+from lora_analysis.tables.discoveries import with_discoveries
 from lora_analysis.tables.frames import as_adapters, frame, module_flags
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.update import with_scale
 
-COLUMNS = ("adapter", "module", "side", "k", "share", "tokens", "token_ids", "cosines", "p", "flags")
+COLUMNS = ("adapter", "module", "side", "k", "share", "tokens", "token_ids", "cosines", "p", "q", "flags")
 
 _INPUT = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "token_embd", "embed_in", "shared")
 _OUTPUT = ("lm_head", "embed_out", "output", "decoder")
@@ -64,9 +65,10 @@ def token_table(
     -------
     DataFrame
         One row per module, side and direction, for sides of the embedding's width alone: ``in`` through the embedding
-        (what modules that read the residual stream look for), ``out`` through the unembedding (what modules that
-        write to it say). ``share`` is that of ΔW's energy; ``tokens``, ``token_ids`` and ``cosines`` are lists; ``p``
-        is that of the largest ``|cos|`` among random directions, at least 1 / (draws + 1).
+        (what modules that read the residual stream look for), ``out`` through the unembedding (what modules that write
+        to it say). ``share`` is that of ΔW's energy; ``tokens``, ``token_ids`` and ``cosines`` are lists; ``p`` is that
+        of the largest ``|cos|`` among random directions, at least 1 / (draws + 1), and ``q`` adjusted for the number of
+        modules (``tables.discoveries``).
 
     Raises
     ------
@@ -110,7 +112,7 @@ def token_table(
         raise BaseWeightsError(
             f"{base.source}: expected updates with a side of the width of {where!r}, {rows['in'].shape[1]}, got none."
         )
-    return frame(flat, COLUMNS)
+    return with_discoveries(frame(flat, COLUMNS), {"p": ["adapter", "side", "k"]})
 
 
 def _rows(

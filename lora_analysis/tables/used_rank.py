@@ -16,6 +16,7 @@ from lora_analysis.measures import precision, spectrum
 from lora_analysis.measures.learned import LearnedDirections, initial_spectrum_null, kaiming_sd, learned_directions
 from lora_analysis.measures.plateau import NoisePlateau, noise_plateau
 from lora_analysis.measures.spectrum_null import spectrum_null
+from lora_analysis.tables.discoveries import with_discoveries
 from lora_analysis.tables.frames import as_adapters, frame, module_flags
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.tables.spectrum import singular_values_and_floors
@@ -56,6 +57,7 @@ COLUMNS = (
     "bulk",
     "learned_directions",
     "learned_p",
+    "learned_q",
     "plateau_p",
     "above_noise",
     "above_threshold",
@@ -103,7 +105,8 @@ def used_rank_table(
 
         ``start`` says which random start A's bulk is like, ``uniform`` (PEFT's default, loralib) or ``normal`` of
         variance 1/r² (PEFT's ``gaussian``, diffusers'); ``bulk`` is its median singular value over that of the start.
-        ``learned_directions`` counts those that the start cannot account for, with ``learned_p`` for the largest.
+        ``learned_directions`` counts those that the start cannot account for, with ``learned_p`` for the largest,
+        and ``learned_q`` adjusted for the number of modules.
         Where A is like neither start, the variance is taken from the bulk, and the flag ``start-unknown`` is set.
 
         ``plateau_p`` is that of a plateau of noise at the end of the spectrum; where it is not rejected,
@@ -140,7 +143,7 @@ def used_rank_table(
         progress=progress,
         description="Used rank",
     )
-    return frame(rows, COLUMNS, counts=_COUNTS)
+    return with_discoveries(frame(rows, COLUMNS, counts=_COUNTS), {"learned_p": ["adapter"]})
 
 
 def _chance(d_out: int, d_in: int, r: int, *, draws: int, seed: int) -> _Chance:

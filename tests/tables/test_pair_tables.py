@@ -28,7 +28,8 @@ def update(seed: int, *, d_out: int = 40, d_in: int = 30, r: int = 3, scale: flo
 
 def test_sameness_of_unrelated_updates_is_chance_and_of_one_update_is_all() -> None:
     a, b = la.Adapter({"q": update(1), "v": update(2)}), la.Adapter({"q": update(3), "v": update(2), "x": update(9)})
-    table = la.sameness_table(a, b, draws=300).set_index("module")
+    with pytest.warns(UserWarning, match="1 modules stay out"):
+        table = la.sameness_table(a, b, draws=300).set_index("module_a")
     assert tuple(table.reset_index()[list(SAMENESS)].columns) == SAMENESS
     assert table.index.tolist() == ["q", "v"]
     q, v = table.loc["q"], table.loc["v"]
@@ -61,17 +62,35 @@ def test_the_chordal_distance_of_random_updates_is_what_chance_says() -> None:
 def test_sameness_has_rows_for_what_cannot_be_compared() -> None:
     zero = la.LowRankUpdate(torch.zeros(40, 3), random(3, 30, seed=1), 1.0)
     broken = la.LowRankUpdate(torch.full((40, 3), math.nan), random(3, 30, seed=1), 1.0)
-    a = la.Adapter({"zero": zero, "nan": broken, "unknown": update(1, scale=math.nan), "shape": update(1)})
-    b = la.Adapter({"zero": update(2), "nan": update(2), "unknown": update(2), "shape": update(1, d_out=7)})
-    table = la.sameness_table(a, b, draws=20).set_index("module")
+    a = la.Adapter({"zero": zero, "nan": broken, "unknown": update(1, scale=math.nan)})
+    b = la.Adapter({"zero": update(2), "nan": update(2), "unknown": update(2)})
+    table = la.sameness_table(a, b, draws=20).set_index("module_a")
     assert sorted(table.index) == ["nan", "unknown", "zero"]
     assert table.loc["zero", "flags"] == "zero"
     assert table.loc["nan", "flags"] == "nonfinite"
     assert table.loc["unknown", "flags"] == "unknown-scale"
     assert math.isnan(table.loc["unknown", "norm_ratio"])
     assert table.loc["unknown", "phi_in"] > 0
-    with pytest.raises(la.LoraAnalysisError, match="expected modules of one name and shape, got none"):
+    with pytest.raises(la.LoraAnalysisError, match="expected modules of like name, found none"):
         la.sameness_table(a, la.Adapter({"other": update(1)}))
+    with pytest.raises(la.LoraAnalysisError, match="expected modules of one shape to compare, got none"):
+        la.sameness_table(a, la.Adapter({"other": update(1, d_out=7)}), pairs="all")
+
+
+def test_layers_of_one_adapter_are_compared_where_they_have_one_shape() -> None:
+    one = la.Adapter({"0.q": update(1), "0.v": update(2), "0.up": update(3, d_out=90), "1.q": update(1, scale=2.0)})
+    table = la.sameness_table(one, draws=99)
+    pairs = list(zip(table["module_a"], table["module_b"], strict=True))
+    assert pairs == [("0.q", "0.v"), ("0.q", "1.q"), ("0.v", "1.q")]
+    alike = table.set_index(["module_a", "module_b"]).loc[("0.q", "1.q")]
+    assert alike["cosine"] == pytest.approx(1)
+    assert alike["norm_ratio"] == pytest.approx(0.25)
+    assert alike["flags"] == "same-start"
+    # Of three tests of which one has the least p there is, that one is a finding at a level three times as high.
+    assert alike["cosine_p"] == pytest.approx(0.01)
+    assert alike["cosine_q"] == pytest.approx(0.03)
+    with pytest.raises(ValueError, match="a module is always like itself"):
+        la.sameness_table(one, pairs="same")
 
 
 def test_agreement_comes_from_activations() -> None:
