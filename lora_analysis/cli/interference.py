@@ -11,7 +11,7 @@ from lora_analysis.tables import interference_table
 
 def interference(
     adapters: options.Adapters,
-    draws: options.Draws = 199,
+    draws: options.Draws = 999,
     seed: options.Seed = 0,
     format: options.Format = None,
     alpha: options.Alpha = None,

@@ -20,6 +20,7 @@ Marczak et al. 2025, *No Task Left Behind: Isotropic Model Merging*, arXiv:2502.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,8 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_analysis.measures.haar_frames import haar_frames
-from lora_analysis.measures.interference import singular_task_interference
+from lora_analysis.measures.haar_frames import Blocks, frame_products
 from lora_analysis.update import LowRankUpdate, Svd
 
 
@@ -136,7 +136,7 @@ def union_rank(svds: Sequence[Svd], *, tolerance: float = 1e-6) -> tuple[int, in
     return out, into
 
 
-def interference_null(spectra: Sequence[Tensor], shape: tuple[int, int], *, draws: int = 199, seed: int = 0) -> Tensor:
+def interference_null(spectra: Sequence[Tensor], shape: tuple[int, int], *, draws: int = 999, seed: int = 0) -> Tensor:
     """Sample of ``singular_task_interference`` (entrywise) of updates turned at random, with the spectra they have.
 
     Parameters
@@ -158,16 +158,27 @@ def interference_null(spectra: Sequence[Tensor], shape: tuple[int, int], *, draw
     >>> bool(wide.mean() < narrow.mean() < 8)
     True
     """
+    if len(spectra) < 2:
+        return torch.zeros(draws, dtype=torch.float64)
     sizes = [len(S) for S in spectra]
-    left = haar_frames(shape[0], sizes, draws=draws, seed=seed)
-    right = haar_frames(shape[1], sizes, draws=draws, seed=seed + 1)
+    left, right = (frame_products(d, sizes, draws=draws, seed=seed + side) for side, d in enumerate(shape))
+    S = torch.cat([spectrum.double() for spectrum in spectra])
     found = [
-        singular_task_interference(
-            [Svd(U[i], S.double(), V[i].mT) for U, S, V in zip(left, spectra, right, strict=True)]
-        )
-        for i in range(draws)
+        ((_whole(outputs, sizes) * S) @ _whole(inputs, sizes)).abs().sum((1, 2))
+        for outputs, inputs in zip(left, right, strict=True)
     ]
-    return torch.tensor(found, dtype=torch.float64).sort().values
+    return torch.cat(found).sort().values
+
+
+def _whole(products: Blocks, sizes: Sequence[int]) -> Tensor:
+    """Draws of ``U.T @ U - I`` of all frames side by side."""
+    draws = len(products[0, 1])
+    whole = torch.zeros(draws, sum(sizes), sum(sizes), dtype=torch.float64)
+    starts = [0, *itertools.accumulate(sizes)]
+    for (s, t), block in products.items():
+        whole[:, starts[s] : starts[s + 1], starts[t] : starts[t + 1]] = block
+        whole[:, starts[t] : starts[t + 1], starts[s] : starts[s + 1]] = block.mT
+    return whole
 
 
 def averaging_error(updates: Sequence[LowRankUpdate]) -> float:

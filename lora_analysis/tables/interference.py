@@ -61,7 +61,7 @@ def interference_table(
     *,
     activations: Activations | None = None,
     signs: bool = True,
-    draws: int = 199,
+    draws: int = 999,
     seed: int = 0,
     workers: int | None = None,
     progress: bool = False,

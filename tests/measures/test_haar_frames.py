@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lora_analysis.measures.haar_frames import haar_frames, update_cosine_null
+from lora_analysis.measures.haar_frames import frame_products, update_cosine_null
 
 
 def direct(d: int, sizes: list[int], draws: int, seed: int) -> list[torch.Tensor]:
@@ -17,29 +18,41 @@ def direct(d: int, sizes: list[int], draws: int, seed: int) -> list[torch.Tensor
     return [torch.linalg.qr(torch.randn(draws, d, size, generator=generator, dtype=torch.float64)).Q for size in sizes]
 
 
+def products(d: int, sizes: list[int], draws: int, seed: int) -> dict[tuple[int, int], torch.Tensor]:
+    chunks = list(frame_products(d, sizes, draws=draws, seed=seed))
+    return {pair: torch.cat([chunk[pair] for chunk in chunks]) for pair in chunks[0]}
+
+
 @pytest.mark.parametrize(("d", "sizes"), [(40, [2, 3, 4]), (6, [4, 4]), (5, [5, 1]), (9, [1, 1, 1, 1])])
 def test_inner_products_have_the_law_of_frames_in_full(d: int, sizes: list[int]) -> None:
-    drawn, full = haar_frames(d, sizes, draws=3000, seed=1), direct(d, sizes, 3000, 2)
-    for frame in drawn:
-        identity = torch.eye(frame.shape[2], dtype=torch.float64).expand(3000, -1, -1)
-        torch.testing.assert_close(frame.mT @ frame, identity, rtol=0, atol=1e-12)
-    for i in range(len(sizes)):
-        for j in range(i):
-            one, other = ((f[j].mT @ f[i]).square().sum((1, 2)).numpy() for f in (drawn, full))
-            if other.std() > 1e-9:  # one frame may be the whole space
-                assert stats.ks_2samp(one, other).pvalue > 1e-4
+    drawn, frames = products(d, sizes, 3000, 1), direct(d, sizes, 3000, 2)
+    full = {(s, t): frames[s].mT @ frames[t] for s, t in drawn}
+    assert set(drawn) == set(itertools.combinations(range(len(sizes)), 2))
+    for pair in drawn:
+        assert drawn[pair].shape == full[pair].shape
+        assert torch.linalg.svdvals(drawn[pair]).max() <= 1 + 1e-9
+        one, other = (found[pair].square().sum((1, 2)).numpy() for found in (drawn, full))
+        if other.std() > 1e-9:  # one frame may be the whole space
+            assert stats.ks_2samp(one, other).pvalue > 1e-4
     # Jointly too: a triple product, which pairs alone do not fix.
     if len(sizes) > 2:
         one, other = (
-            (f[0].mT @ f[1] @ f[1].mT @ f[2] @ f[2].mT @ f[0]).diagonal(dim1=1, dim2=2).sum(1) for f in (drawn, full)
+            (found[0, 1] @ found[1, 2] @ found[0, 2].mT).diagonal(dim1=1, dim2=2).sum(1).numpy()
+            for found in (drawn, full)
         )
-        assert stats.ks_2samp(one.numpy(), other.numpy()).pvalue > 1e-4
+        assert stats.ks_2samp(one, other).pvalue > 1e-4
 
 
-def test_first_columns_are_fair_in_sign() -> None:
-    a, b = haar_frames(30, [2, 2], draws=4000, seed=3)
-    products = (a.mT @ b).flatten(1)
-    assert products.mean(0).abs().max() < 5 / math.sqrt(30 * 4000)
+def test_entries_are_fair_in_sign() -> None:
+    found = products(30, [2, 2], 4000, 3)[0, 1].flatten(1)
+    assert found.mean(0).abs().max() < 5 / math.sqrt(30 * 4000)
+
+
+def test_draws_in_chunks_are_those_kept_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = products(20, [3, 2], 50, 4)[0, 1]
+    assert products(20, [3, 2], 50, 4)[0, 1] is not once
+    monkeypatch.setattr("lora_analysis.measures.haar_frames._KEPT", 0)
+    assert torch.equal(products(20, [3, 2], 50, 4)[0, 1], once)
 
 
 @pytest.mark.parametrize(("r", "shape"), [(1, (12, 9)), (4, (40, 30)), (9, (9, 9))])
@@ -66,6 +79,6 @@ def test_p_of_turned_updates_is_uniform() -> None:
 
 def test_what_is_no_frame_is_refused() -> None:
     with pytest.raises(ValueError, match="frames of 0 to 3 columns, got 1 and \\[4\\]"):
-        haar_frames(3, [4], draws=1)
+        frame_products(3, [4], draws=1)
     with pytest.raises(ValueError, match="expected spectra that are not zero"):
         update_cosine_null(torch.zeros(2), torch.ones(2), (5, 5))
