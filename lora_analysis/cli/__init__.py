@@ -37,6 +37,7 @@ from lora_analysis.cli.magnitude import magnitude
 from lora_analysis.cli.merge import merge
 from lora_analysis.cli.output import plain_text
 from lora_analysis.cli.overlap import overlap
+from lora_analysis.cli.report import report
 from lora_analysis.cli.reproducible import reproducible
 from lora_analysis.cli.resize import resize
 from lora_analysis.cli.same import same
@@ -75,6 +76,7 @@ for command in (
     interference,
     merge,
     atlas,
+    report,
     magnitude,
     diff,
     train,
