@@ -21,7 +21,6 @@ _CLAIMS = (
     Column("id", "claim", "text", "Its number here."),
     Column("verdict", "verdict", "text", "By margins fixed before the first run."),
     Column("text", "the paper says", "text", "With its place."),
-    Column("why", "found", "text", "The numbers that decide, with their null."),
     Column("estimate", "estimate", "number", "Of the statistic."),
     Column("interval_low", "low", "number", "Lower end of its interval."),
     Column("interval_high", "high", "number", "Upper end."),
@@ -30,6 +29,7 @@ _CLAIMS = (
     Column("p_holm", "p, Holm", "p", "Adjusted for the claims that have a p."),
     Column("runs", "runs", "count", "Training runs it rests on."),
     Column("mde", "detectable", "number", "Smallest effect that four of five such studies would find."),
+    Column("why", "found", "text", "The numbers that decide, with their null."),
 )
 _TITLES = {
     "table_5": "Table 5: equally many parameters in different matrices",
@@ -170,7 +170,7 @@ def _columns(table: pd.DataFrame) -> list[Column]:
 def _kind(table: pd.DataFrame, name: str) -> Kind:
     if not pd.api.types.is_numeric_dtype(table[name]):
         return "text"
-    return "count" if pd.api.types.is_integer_dtype(table[name]) else "number"
+    return "count" if pd.api.types.is_integer_dtype(table[name]) else "fine"
 
 
 def _claims(directory: Path) -> dict[str, Any] | None:

@@ -22,10 +22,12 @@ _SEVERITIES = ("error", "warning", "undecided", "info")
 def facts(measured: Measured, number: int) -> list[tuple[str, str]]:
     """What the adapter is, as pairs of a heading and text."""
     adapter = measured.adapters[number]
+    parts = [name] if (name := base_name(adapter)) else []
+    parts += [f"given: {measured.base.source}"] if measured.base is not None else []
     found = [
         ("source", adapter.source),
         ("format", adapter.format),
-        ("base", base_name(adapter, measured)),
+        ("base", "; ".join(parts) or "not named"),
         ("targets", f"{len(adapter)} modules: {kinds_told(adapter)}"),
         ("r", told(module.r for module in adapter.modules.values())),
         ("scale", scale_told(adapter)),
@@ -105,12 +107,10 @@ def spectra_data(measured: Measured, number: int) -> dict[str, Any]:
     return {"modules": modules, "bands": bands}
 
 
-def base_name(adapter: Adapter, measured: Measured) -> str:
-    """The base as the configuration names it, and the one that was given."""
+def base_name(adapter: Adapter) -> str:
+    """The base as the configuration names it."""
     named = adapter.config.get("base_model_name_or_path")
-    parts = [named] if isinstance(named, str) and named else []
-    parts += [f"given: {measured.base.source}"] if measured.base is not None else []
-    return "; ".join(parts) or "not named"
+    return named if isinstance(named, str) else ""
 
 
 def kinds_told(adapter: Adapter) -> str:
@@ -156,6 +156,7 @@ def _metrics(tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
         _metric(
             "relative_norm", "relative norm", "share", strength["relative_norm"], log=True,
             chance=(strength["rounding"], strength["rounding"]), word="bfloat16 rounding",
+            plain_word="no more than rounding",
             plain=strength["merge_signal_to_noise"] <= 1, help="‖ΔW‖ / ‖W‖, size of the update beside its weight",
         ),
         _metric(
@@ -190,6 +191,7 @@ def _metrics(tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
                     f"intruders_{side}", f"intruder share, {side}", "share", mine["energy_share"],
                     chance=(mine["control_share"], mine["control_share"]),
                     plain=mine["energy_share"] <= mine["control_share"], word="random updates",
+                    plain_word="no more than random updates",
                     help="share of the energy of W + ΔW's top directions that is in new ones; chance: random updates "
                     "of the same singular values",
                 )
@@ -208,6 +210,7 @@ def _metric(
     chance: tuple[pd.Series[Any], pd.Series[Any]] | None = None,
     plain: pd.Series[bool] | None = None,
     word: str = "chance",
+    plain_word: str = "consistent with chance",
 ) -> dict[str, Any]:
     return {
         "key": key,
@@ -216,6 +219,7 @@ def _metric(
         "help": help,
         "log": log,
         "word": word,
+        "plain_word": plain_word,
         "values": rounded(values.tolist()),
         "low": None if chance is None else rounded(chance[0].tolist()),
         "high": None if chance is None else rounded(chance[1].tolist()),

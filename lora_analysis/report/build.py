@@ -232,7 +232,7 @@ def _adapters_table(measured: Measured) -> pd.DataFrame:
         severities = Counter(finding.severity for finding in measured.findings[number])
         row: dict[str, Any] = dict.fromkeys((column.key for column in ADAPTERS), None) | {
             "adapter": measured.names[number],
-            "base": base_name(adapter, measured),
+            "base": base_name(adapter) or None,
             "format": adapter.format,
             "targets": kinds_told(adapter),
             "r": told(module.r for module in adapter.modules.values()),

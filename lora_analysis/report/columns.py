@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-Kind = Literal["name", "text", "count", "number", "share", "p", "q", "flags"]
-"""How values are written: ``share`` in per cent, ``q`` with the words *consistent with chance* above 0.05."""
+Kind = Literal["name", "text", "count", "number", "fine", "share", "p", "q", "flags"]
+"""How values are written: ``fine`` with four digits, ``share`` in per cent,
+``q`` with the words *consistent with chance* above 0.05."""
 
 
 class Column(NamedTuple):
@@ -142,12 +143,12 @@ PAIRS = (
 )
 ADAPTERS = (
     Column("adapter", "adapter", "name", "As it was named on the command line, without what all share."),
-    Column("base", "base", "text", "The base model that its configuration names."),
     Column("format", "format", "text", "As its content says."),
     Column("targets", "targets", "text", "Kinds of adapted matrices."),
     Column("r", "r", "text", "Declared inner dimensions."),
     Column("scale", "scale", "text", "What B·A is multiplied by."),
     Column("scale_source", "scale from", "text", "Where the scale came from."),
+    Column("base", "base", "text", "The base model that its configuration names."),
     Column("modules", "modules", "count", "Adapted matrices."),
     Column("lint", "lint", "text", "Findings by severity."),
     Column("effective_rank", "effective rank", "number", "Median over modules."),

@@ -33,7 +33,7 @@ class Compared(NamedTuple):
     pairs: pd.DataFrame
     """One row per pair, the numbers and names of both, means over modules and counts of findings."""
     notes: list[str]
-    """What was left out, and why."""
+    """What was left out of all, and why."""
 
 
 def compare_pairs(
@@ -78,16 +78,15 @@ def compare_pairs(
             f"{CELLS / share:,.0f} cells. Other numbers are of all modules."
         )
     rows = []
-    for a, b in chosen:
-        say(f"are these the same, will they merge? {names[a]} and {names[b]}")
+    for count, (a, b) in enumerate(chosen, start=1):
+        say(f"are these the same, will they merge? pair {count} of {len(chosen)}")
         try:
-            row, found = _pair(adapters[a], adapters[b], (a, b), folder, share, draws, seed, workers)
+            row = _pair(adapters[a], adapters[b], (a, b), folder, share, draws, seed, workers)
         except LoraAnalysisError as error:
             notes.append(f"Not compared: {error}")
             continue
         kind = _kind(adapters[a], adapters[b], runs)
         rows.append(row | {"number_a": a + 1, "number_b": b + 1, "a": names[a], "b": names[b], "kind": kind})
-        notes += [f"{names[a]} and {names[b]}: {note}" for note in found]
     return Compared(pd.DataFrame(rows, columns=list(_COLUMNS)), list(dict.fromkeys(notes)))
 
 
@@ -100,8 +99,8 @@ def _pair(
     draws: int,
     seed: int,
     workers: int | None,
-) -> tuple[dict[str, Any], list[str]]:
-    """The summary of one pair and what was worth a note; its tables and grids are written."""
+) -> dict[str, Any]:
+    """The summary of one pair; its tables and grids are written, with what was worth a note."""
     stem = f"{numbers[0] + 1}-{numbers[1] + 1}"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -121,12 +120,13 @@ def _pair(
         f"pair-{stem}",
         {
             "modules": rounded(modules),
+            "notes": rounded(list(dict.fromkeys(str(warning.message) for warning in caught))),
             "gridded": [modules.index(name) for name in gridded],
             "same": shown(same, SAMENESS, f"same-{stem}"),
             "merge": shown(merging, INTERFERENCE, f"merge-{stem}"),
         },
     )
-    summary = {
+    return {
         "modules": len(same),
         "rows_shared": same["rows_shared"].mean(),
         "cosine": same["cosine"].mean(),
@@ -138,7 +138,6 @@ def _pair(
         "sti_chance": merging["sti_chance"].mean(),
         "sti_found": found_of(merging["sti_q"]),
     }
-    return summary, [str(warning.message) for warning in caught]
 
 
 def _grid(cells: pd.DataFrame) -> dict[str, Any]:

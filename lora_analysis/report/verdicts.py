@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -162,7 +163,10 @@ def _figure(value: float) -> str:
 
 
 def _share(value: float) -> str:
-    return "-" if pd.isna(value) else f"{100 * value:.2g} %" if abs(value) < 0.995 else f"{100 * value:.4g} %"
+    if pd.isna(value):
+        return "-"
+    # Just below the whole, which is not said of what is not.
+    return f"{math.floor(1e4 * value) / 100:g} %" if 0.99 < value < 1 else f"{100 * value:.2g} %"
 
 
 def _span(values: Sequence[int] | pd.Series[int]) -> str:

@@ -15,22 +15,23 @@
     const title = current.metric === "accuracy" ? "accuracy (%)" : "held-out loss (nats)";
     const ranks = [...new Set(current.series.flatMap((one) => one.bars.map((bar) => bar.r)))].sort((a, b) => a - b);
     const traces = current.series.flatMap((one, number) => {
-      const colour = report.SERIES[number % 6];
+      const colour = report.SERIES[number % 7];
       // Shifted by a hair, so that points of one r stay apart.
-      const shift = 2 ** (0.14 * (number - (current.series.length - 1) / 2));
+      const apart = Math.min(0.14, 0.6 / current.series.length);
+      const shift = 2 ** (apart * (number - (current.series.length - 1) / 2));
       const name = one.targets;
       const bars = one.bars;
       return [
         {
           x: bars.map((bar) => bar.r * shift), y: bars.map((bar) => scaled(bar.mean)), mode: "lines+markers", name, legendgroup: name, line: { color: colour, width: 1.5 },
-          marker: { symbol: "line-ew-open", size: 12, color: colour },
+          marker: { symbol: `${report.MARKERS[number % 7]}-open`, size: 11, color: colour },
           error_y: { type: "data", symmetric: false, array: bars.map((bar) => (bar.high === null ? 0 : scaled(bar.high - bar.mean))), arrayminus: bars.map((bar) => (bar.low === null ? 0 : scaled(bar.mean - bar.low))), color: colour, thickness: 1 },
           customdata: bars.map((bar) => [bar.r, report.figure(scaled(bar.low), 4), report.figure(scaled(bar.high), 4)]),
           hovertemplate: "%{fullData.name}, r = %{customdata[0]}<br>mean %{y:.4g}, %{customdata[1]} to %{customdata[2]}<extra></extra>",
         },
         {
           x: one.points.map((point) => point[0] * shift), y: one.points.map((point) => scaled(point[3])), mode: "markers", legendgroup: name, showlegend: false,
-          marker: { color: colour, symbol: report.MARKERS[number % 6], size: 8, line: { color: ink("paper"), width: 1 } },
+          marker: { color: colour, symbol: report.MARKERS[number % 7], size: 5 },
           customdata: one.points.map(([r, init, order]) => [r, init, order]), name,
           hovertemplate: "%{fullData.name}, r = %{customdata[0]}<br>seed %{customdata[1]}, order %{customdata[2]}: %{y:.4g}<extra></extra>",
         },

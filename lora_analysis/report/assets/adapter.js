@@ -43,7 +43,7 @@
       const text = [make("span", {}, `${metric.label} `), make("b", {}, report.written(metric.values[index], metric.kind))];
       if (metric.low && metric.low[index] !== null) {
         const [low, high] = [metric.low[index], metric.high[index]].map((v) => report.written(v, metric.kind));
-        text.push(make("span", {}, ` (${metric.word} ${low === high ? low : `${low} to ${high}`}${metric.plain?.[index] ? ", consistent with it" : ""})`));
+        text.push(make("span", {}, ` (${metric.word} ${low === high ? low : `${low} to ${high}`}${metric.plain?.[index] ? `; ${metric.plain_word}` : ""})`));
       }
       return make("li", {}, ...text);
     });
@@ -55,7 +55,7 @@
   async function show(index, focus) {
     const { name } = modules[index];
     report.map.mark(mapped, index);
-    const title = make("h2", { tabindex: "-1" }, name);
+    const title = make("h2", { tabindex: "-1" }, ...report.breakable(name));
     const copied = make("span", { class: "soft", role: "status" });
     const copy = async () => {
       try {

@@ -68,7 +68,7 @@
         margin: { l: 10, r: 10, t: 25, b: few && !narrow ? 10 : 30 },
         xaxis: { domain: [withTree ? 0.24 : 0, 1], tickangle: -60, showgrid: false, ...labels },
         xaxis2: { domain: [0, 0.2], autorange: "reversed", title: { text: "1 − cosine" }, showgrid: false, zeroline: false },
-        yaxis: { autorange: "reversed", showgrid: false, side: "right", ...labels },
+        yaxis: { autorange: "reversed", showgrid: false, side: "right", showline: false, ...labels },
         showlegend: false,
       },
       draw,
@@ -98,10 +98,10 @@
     const groups = [...new Set(rows.map((row) => `${row[at.side]}, ${row[at.adapters]}`))];
     const traces = groups.flatMap((group, number) => {
       const mine = rows.filter((row) => `${row[at.side]}, ${row[at.adapters]}` === group);
-      const line = { color: report.SERIES[number % 6] };
+      const line = { color: report.SERIES[number % 7] };
       const x = mine.map((row) => row[at.count]);
       return [
-        { x, y: mine.map((row) => row[at.k90]), mode: "lines+markers", name: group, line, marker: { symbol: report.MARKERS[number % 6] } },
+        { x, y: mine.map((row) => row[at.k90]), mode: "lines+markers", name: group, line, marker: { symbol: report.MARKERS[number % 7] } },
         { x, y: mine.map((row) => row[at.k90_chance]), mode: "lines", name: `${group}: chance`, line: { ...line, dash: "dash" } },
       ];
     });

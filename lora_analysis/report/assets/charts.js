@@ -36,7 +36,7 @@ report.spectrum = (element, module, bands, name) => {
     const least = Math.max(shown, Math.min(...shares, ...(band ? band[0] : [])));
     return report.draw(
       element, traces,
-      { xaxis: { title: { text: "k" }, dtick: k.length > 16 ? undefined : 1 }, yaxis: { title: { text: "σ_k / ‖ΔW‖" }, type: "log", range: [Math.log10(least) - 0.15, 0.1], dtick: 1 } },
+      { xaxis: { title: { text: "k" }, dtick: k.length > 16 ? undefined : 1 }, yaxis: { title: { text: "σ_k / ‖ΔW‖" }, type: "log", range: [Math.log10(least) - 0.15, 0.1], dtick: "D2" } },
       draw,
     );
   };
@@ -74,7 +74,7 @@ report.amplification = (element, rows, name) => {
         margin: { l: 55, r: 60, t: 12, b: 45 },
         xaxis: { title: { text: "k" }, type: "log", tickvals: x, ticktext: x.map(String) },
         yaxis: { title: { text: "gain" }, rangemode: "tozero" },
-        yaxis2: { title: { text: "factor ‖ΔW‖ / ‖UᵀWV‖" }, overlaying: "y", side: "right", type: "log", dtick: 1, showgrid: false },
+        yaxis2: { title: { text: "factor ‖ΔW‖ / ‖UᵀWV‖" }, overlaying: "y", side: "right", type: "log", dtick: "D2", showgrid: false },
       },
       draw,
     );

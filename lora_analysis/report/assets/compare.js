@@ -35,6 +35,7 @@
         report.select("module", known.map((name) => [name, name]), module, (value) => choose({ module: value })),
       ),
       make("p", { class: "soft" }, `These differ in: ${kind}. ${pair.gridded.length} of ${pair.modules.length} modules have grids; q counts them together, cell by cell.`),
+      ...pair.notes.map((note) => make("p", { class: "note" }, note)),
       area,
     );
     const index = pair.modules.indexOf(module);

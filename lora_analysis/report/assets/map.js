@@ -14,8 +14,12 @@ report.map = (() => {
     const [lows, highs] = [known(metric.low), known(metric.high)];
     const from = lows.length ? Math.min(...lows) : null;
     const to = highs.length ? Math.max(...highs) : null;
-    const all = from === null ? values : [...values, from, to];
-    return { low: Math.min(...all), high: Math.max(...all), from, to, log: metric.log };
+    const [low, high] = [Math.min(...values), Math.max(...values)];
+    const wide = [Math.min(low, from ?? low), Math.max(high, to ?? high)];
+    // Chance is within the bar unless the values would then share less than half of the colours.
+    const size = ([a, b]) => (metric.log ? Math.log(b) - Math.log(a) : b - a);
+    const [least, most] = size(wide) <= 2 * size([low, high]) || low === high ? wide : [low, high];
+    return { low: least, high: most, from, to, log: metric.log };
   }
 
   function button(module, index, metric, span, open, withName) {
@@ -23,7 +27,7 @@ report.map = (() => {
     const plain = metric.plain?.[index];
     const text = written(value, metric.kind) + (plain ? " ∘" : "");
     const where = module.layer === null ? module.name : `${module.name}, layer ${module.layer}`;
-    const said = `${where}: ${metric.label} ${written(value, metric.kind)}${plain ? ", consistent with chance" : ""}`;
+    const said = `${where}: ${metric.label} ${written(value, metric.kind)}${plain ? `, ${metric.plain_word}` : ""}`;
     const at = value === null || (span.log && value <= 0) ? null : report.placing(span.low, span.high, span.log)(value);
     return make(
       "button",
@@ -85,7 +89,7 @@ report.map = (() => {
         ? make("ul", { class: "flow" }, ...modules.map((m, i) => make("li", {}, button(m, i, current, span, open, true))))
         : grid(modules, current, span, open);
       table.replaceChildren(cells);
-      const note = current.plain?.some(Boolean) ? " ∘ marks what is consistent with chance." : "";
+      const note = current.plain?.some(Boolean) ? ` ∘ marks what is ${current.plain_word}.` : "";
       about.replaceChildren(make("p", { class: "soft" }, `${current.help}.${note}`), report.bar({ ...span, kind: current.kind, word: current.word, label: current.label }));
     }
 

@@ -20,11 +20,11 @@ report.phi = (() => {
     return { chance, text: `${numbers}; p ${report.probability(p)}, q ${report.probability(q)}: ${verdict}.` };
   }
 
-  function heat(grid, values, name) {
+  function heat(grid, values, name, top) {
     const rows = (list) => Array.from({ length: grid.m }, (_, i) => list.slice(i * grid.n, (i + 1) * grid.n));
     return {
       type: "heatmap", name, z: rows(values), x: Array.from({ length: grid.n }, (_, j) => j + 1), y: Array.from({ length: grid.m }, (_, i) => i + 1),
-      zmin: 0, zmax: 1, colorscale: report.SCALE, showscale: false, hoverongaps: false,
+      zmin: 0, zmax: top, colorscale: report.SCALE, showscale: false, hoverongaps: false,
       customdata: rows(grid.phi.map((_, at) => [report.figure(grid.chance[Math.max(Math.floor(at / grid.n), at % grid.n)]), report.probability(grid.p[at]), report.probability(grid.q[at])])),
       hovertemplate: `i = %{y}, j = %{x}<br>${name} %{z:.3g}<br>chance %{customdata[0]}<br>p %{customdata[1]}, q %{customdata[2]}<extra></extra>`,
     };
@@ -39,6 +39,8 @@ report.phi = (() => {
     const sides = Object.keys(data.sides);
     let side = sides.includes(state.side) ? state.side : sides[0];
     let hide = false;
+    let stretch = false;
+    const top = () => (stretch ? Math.max(...grid.phi.filter((value) => value !== null), 1e-6) : 1);
     let grid = data.sides[side];
     let [i, j] = [Number(state.i) || 1, Number(state.j) || 1];
     const readout = make("p", { class: "readout", role: "status" });
@@ -54,7 +56,7 @@ report.phi = (() => {
     function point() {
       const { chance, text } = told(grid, i, j);
       readout.textContent = text;
-      bar.replaceChildren(report.bar({ low: 0, high: 1, log: false, kind: "number", from: chance, to: chance, word: `chance at (${i}, ${j})`, label: "φ" }));
+      bar.replaceChildren(report.bar({ low: 0, high: top(), log: false, kind: "number", from: chance, to: chance, word: `chance at (${i}, ${j})`, label: "φ" }));
       plots[0].setAttribute("aria-label", `Grid of φ(i, j), ${grid.m} by ${grid.n}. ${text}`);
       plots[1].setAttribute("aria-label", `What chance gives for φ(i, j): ${report.figure(chance)} at i = ${i}, j = ${j}.`);
       for (const plot of plots) if (plot.data) Plotly.relayout(plot, marked());
@@ -69,8 +71,9 @@ report.phi = (() => {
         title: { text: title, font: { size: 13 }, x: 0.5, y: 0.98 }, margin: { l: 50, r: 8, t: 30, b: 45 },
         xaxis: axis("j", grid.n), yaxis: { ...axis("i", grid.m), range: [grid.m + 0.5, 0.5] }, ...marked(),
       });
-      await report.draw(plots[0], [heat(grid, shown, "φ")], layout("φ(i, j)"), draw);
-      await report.draw(plots[1], [heat(grid, chance, "chance")], layout("chance, max(i, j) / d"));
+      for (const plot of plots) plot.style.minHeight = `${Math.min(19, Math.max(9, 4 + 3 * grid.m))}rem`;
+      await report.draw(plots[0], [heat(grid, shown, "φ", top())], layout("φ(i, j)"), draw);
+      await report.draw(plots[1], [heat(grid, chance, "chance", top())], layout("chance, max(i, j) / d"));
       for (const plot of plots) {
         plot.removeAllListeners?.("plotly_click");
         plot.on?.("plotly_click", ({ points }) => move(points[0].y, points[0].x));
@@ -95,12 +98,14 @@ report.phi = (() => {
     }
 
     const hiding = make("input", { type: "checkbox", on: { change: () => { hide = hiding.checked; draw(); } } });
+    const stretching = make("input", { type: "checkbox", on: { change: () => { stretch = stretching.checked; point(); draw(); } } });
     element.replaceChildren(
       make(
         "div",
         { class: "controls" },
         report.choice("Side", sides.map((s) => [s, s === "in" ? "in (what ΔW reads)" : "out (what it writes)"]), side, (value) => { side = value; build(); }),
         make("label", {}, hiding, "leave out cells consistent with chance"),
+        make("label", {}, stretching, "colours up to the largest φ"),
       ),
       sliders,
       readout,

@@ -38,6 +38,11 @@ const report = (() => {
     return element;
   }
 
+  /** A name that may break after its dots and slashes. */
+  function breakable(name) {
+    return name.split(/(?<=[./])/).flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part]));
+  }
+
   /** Say in the page what went wrong, and in the console. */
   function failed(element, error) {
     element.replaceChildren(make("p", { class: "note" }, `This part could not be shown: ${error.message}`));
@@ -63,7 +68,12 @@ const report = (() => {
     return value >= 0.0005 ? value.toFixed(3) : value.toExponential(0);
   }
 
-  const write = { number: figure, count: figure, share, p: probability, q: probability };
+  /** A whole number with commas between thousands. */
+  function count(value) {
+    return Number.isInteger(value) ? value.toLocaleString("en-US") : figure(value);
+  }
+
+  const write = { number: figure, fine: (value) => figure(value, 4), count, share, p: probability, q: probability };
 
   /** A value as its column says, a dash where it is missing. */
   function written(value, kind) {
@@ -112,7 +122,8 @@ const report = (() => {
       const wide = end - start > 1.5;
       strip.append(make("div", { class: wide ? "mark wide" : "mark", style: `left: ${start}%; width: ${end - start}%` }));
       const span = from === to || written(from, kind) === written(to, kind) ? written(from, kind) : `${written(from, kind)} to ${written(to, kind)}`;
-      said = `▮ ${word}: ${span}`;
+      const off = to < low ? ", below this bar" : from > high ? ", above this bar" : "";
+      said = `▮ ${word}: ${span}${off}`;
     }
     return make(
       "div",
@@ -220,8 +231,8 @@ const report = (() => {
   }
 
   const SCALE = CIVIDIS.map((_, i) => [i / (CIVIDIS.length - 1), colour(i / (CIVIDIS.length - 1))]);
-  const SERIES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
-  const MARKERS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross"];
+  const SERIES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c3c"];
+  const MARKERS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"];
 
   // Print is light, whatever the screen is.
   let before = null;
@@ -237,5 +248,5 @@ const report = (() => {
   });
 
   button.textContent = dark() ? "Light theme" : "Dark theme";
-  return { MARKERS, SCALE, SERIES, bar, choice, colour, download, draw, failed, figure, ink, inkOn, load, make, place, placing, probability, receive, remember, select, share, written };
+  return { MARKERS, SCALE, SERIES, bar, breakable, choice, colour, download, draw, failed, figure, ink, inkOn, load, make, place, placing, probability, receive, remember, select, share, written };
 })();

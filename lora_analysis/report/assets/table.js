@@ -4,7 +4,7 @@ report.table = (() => {
   const { make, written } = report;
   const ROWS = 200;
   const CHANCE = 0.05;
-  const NUMERIC = new Set(["number", "count", "share", "p", "q"]);
+  const NUMERIC = new Set(["number", "fine", "count", "share", "p", "q"]);
 
   /** Whether a row has every word of the filter; a word such as gain>1.2 compares a column. */
   function matcher(text, columns) {
@@ -32,7 +32,8 @@ report.table = (() => {
     const right = NUMERIC.has(column.kind);
     const long = !right && shown.length > 60;
     const td = make("td", { class: right ? "right" : column.kind === "name" ? "name" : long ? "long" : null });
-    td.append(href ? make("a", { href }, shown) : shown);
+    const text = column.kind === "name" ? report.breakable(shown) : [shown];
+    td.append(...(href ? [make("a", { href }, ...text)] : text));
     if (column.kind === "q" && value !== null && value > CHANCE) td.append(make("span", { class: "plain" }, "consistent with chance"));
     return td;
   }
@@ -82,7 +83,7 @@ report.table = (() => {
       });
       heads.forEach(({ th, arrow }, i) => {
         th.setAttribute("aria-sort", i !== at ? "none" : sorted.down ? "descending" : "ascending");
-        arrow.textContent = i !== at ? "" : sorted.down ? " ↓" : " ↑";
+        arrow.textContent = i !== at ? "" : sorted.down ? "↓" : "↑";
       });
       refresh();
     }
