@@ -11,11 +11,17 @@ import pandas as pd
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.lint import Finding
-from lora_analysis.report.columns import AMPLIFICATION, INTRUDERS, RANK, STRENGTH
+from lora_analysis.report.columns import AMPLIFICATION, INTRUDERS, RANK, STRENGTH, Column
 from lora_analysis.report.data import rounded, shown
 from lora_analysis.report.measured import Measured, at_largest_k
 from lora_analysis.tables.discoveries import RATE
 
+_TABLES: dict[str, tuple[Column, ...]] = {
+    "rank": RANK,
+    "strength": STRENGTH,
+    "amplification": AMPLIFICATION,
+    "intruders": INTRUDERS,
+}
 _SEVERITIES = ("error", "warning", "undecided", "info")
 
 
@@ -77,9 +83,7 @@ def adapter_data(measured: Measured, number: int) -> dict[str, Any]:
     }
     if not tables:
         return data
-    for name, columns in (("rank", RANK), ("strength", STRENGTH)):
-        data["tables"][name] = shown(tables[name], columns, f"{name}-{stem}")
-    for name, columns in (("amplification", AMPLIFICATION), ("intruders", INTRUDERS)):
+    for name, columns in _TABLES.items():
         if name in tables:
             data["tables"][name] = shown(tables[name], columns, f"{name}-{stem}")
     return data

@@ -98,14 +98,16 @@ def write_report(
         root = Path(scratch) / "report"
         for folder in ("assets", "data", "adapters"):
             (root / folder).mkdir(parents=True)
-        options = {"draws": draws, "seed": seed, "workers": workers}
+        options: dict[str, Any] = {"draws": draws, "seed": seed, "workers": workers}
         measured = measure(adapters, base, progress=progress, say=say, **options)
         runs = {} if study is None else _runs(Path(study), sources)
         pairs = compare_pairs(
             adapters, measured.names, runs, root / "data", compared=compared, say=say, **options
         )  # fmt: skip
+        say("atlas")
+        others = _other_pages(root, measured, study, seed, workers, progress)
         say("pages")
-        _write_pages(root, template, measured, pairs, _other_pages(root, measured, study, seed, workers, progress))
+        _write_pages(root, template, measured, pairs, others)
         for path in sorted((_HERE / "assets").iterdir()):
             shutil.copyfile(path, root / "assets" / path.name)
         (root / "assets" / "plotly.min.js").write_text(plotly, encoding="utf-8")
@@ -132,11 +134,11 @@ def _libraries() -> tuple[str, Callable[..., str]]:
     return get_plotlyjs(), lambda made_by, /, **values: environment.get_template(made_by).render(**values)
 
 
-def _runs(study: Path, sources: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+def _runs(study: Path, sources: Sequence[str]) -> dict[str, Mapping[Any, Any]]:
     """What a study says of those adapters that are its runs, known by their folder's name."""
     from lora_analysis.report.ablation_page import study_runs
 
-    by_name = {str(row["run"]): row for row in study_runs(study).to_dict("records")}
+    by_name: dict[str, Mapping[Any, Any]] = {str(row["run"]): row for row in study_runs(study).to_dict("records")}
     return {source: by_name[Path(source).name] for source in sources if Path(source).name in by_name}
 
 

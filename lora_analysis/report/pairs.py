@@ -39,7 +39,7 @@ class Compared(NamedTuple):
 def compare_pairs(
     adapters: Sequence[Adapter],
     names: Sequence[str],
-    runs: Mapping[str, Mapping[str, Any]],
+    runs: Mapping[str, Mapping[Any, Any]],
     folder: Path,
     *,
     compared: int,
@@ -168,7 +168,7 @@ def _spread(count: int, share: float) -> list[int]:
     return sorted({round(x) for x in np.linspace(0, count - 1, kept)})
 
 
-def _kind(a: Adapter, b: Adapter, runs: Mapping[str, Mapping[str, Any]]) -> str:
+def _kind(a: Adapter, b: Adapter, runs: Mapping[str, Mapping[Any, Any]]) -> str:
     """What differs between two adapters: by the study's own account, else by their ranks."""
     first, second = runs.get(a.source), runs.get(b.source)
     if first is not None and second is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -55,10 +55,10 @@ def layers_learned(strength: pd.DataFrame) -> Verdict:
         norms = strength["norm_update"].dropna()
         if norms.empty:
             return Verdict(question, "The scale is unknown, so sizes are: pass --alpha.", "", section)
-        most = strength.loc[norms.idxmax(), "module"]
+        most = strength["module"].iloc[int(strength["norm_update"].argmax())]
         answer = f"Largest ‖ΔW‖ {_figure(norms.max())} in {most}, median {_figure(norms.median())}."
         return Verdict(question, answer, "a norm by itself has no chance level: pass --base for ‖W‖ beside it", section)
-    most = strength.loc[relative.idxmax(), "module"]
+    most = strength["module"].iloc[int(strength["relative_norm"].argmax())]
     noise = strength["rounding"].dropna()
     answer = (
         f"‖ΔW‖ / ‖W‖ from {_share(relative.min())} to {_share(relative.max())}, median {_share(relative.median())}, "
@@ -94,7 +94,7 @@ def same(pairs: pd.DataFrame, name: str | None) -> Verdict:
     question, section = "Are these the same?", "same"
     if pairs.empty or pairs["cosine"].isna().all():
         return Verdict(question, "Not asked: there is no other adapter of the same matrices.", "", section)
-    top = pairs.loc[pairs["cosine"].abs().idxmax()]
+    top = pairs.iloc[int(pairs["cosine"].abs().argmax())]
     found = sum(int(text.split(" of ")[0]) > 0 for text in pairs["cosine_found"])
     answer = (
         f"Cosine beyond chance in some module with {found} of {len(pairs)} others"
@@ -120,7 +120,7 @@ def merging(pairs: pd.DataFrame, name: str | None) -> Verdict:
         why = "there is no other adapter of the same matrices" if pairs.empty else "a scale is unknown: pass --alpha"
         return Verdict(question, f"Not asked: {why}.", "", section)
     over = known["sti"] / known["sti_chance"]
-    worst = known.loc[over.idxmax()]
+    worst = known.iloc[int(over.argmax())]
     found = [int(text.split(" of ")[0]) > 0 for text in known["sti_found"]]
     where = f"{sum(found)} of {len(known)} {'others' if name is not None else 'pairs'}"
     answer = (
@@ -150,19 +150,19 @@ def found_of(q: pd.Series[float]) -> str:
     return f"{int((known <= RATE).sum())} of {len(known)}"
 
 
-def _partner(pair: pd.Series[object], name: str | None) -> str:
+def _partner(pair: pd.Series[Any], name: str | None) -> str:
     if name is None:
         return f"{pair['a']} and {pair['b']}"
     return str(pair["b"] if pair["a"] == name else pair["a"])
 
 
-def _figure(value: float) -> str:
+def _figure(value: Any) -> str:
     if pd.isna(value):
         return "-"
     return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.2e}"
 
 
-def _share(value: float) -> str:
+def _share(value: Any) -> str:
     if pd.isna(value):
         return "-"
     # Just below the whole, which is not said of what is not.

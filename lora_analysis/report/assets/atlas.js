@@ -37,7 +37,7 @@
     return { x, y };
   }
 
-  const least = Math.min(0, ...data.cosine.filter((value) => value !== null)) * data.unit;
+  const least = data.cosine.reduce((low, value) => Math.min(low, value ?? 0), 0) * data.unit;
   const chart = make("div", { class: "chart", role: "img", "aria-label": `Cosines of ${count} adapters with each other; the tables below have the numbers.` });
   let current = "tree";
 
