@@ -96,13 +96,9 @@ def same(pairs: pd.DataFrame, name: str | None) -> Verdict:
         return Verdict(question, "Not asked: there is no other adapter of the same matrices.", "", section)
     top = pairs.iloc[int(pairs["cosine"].abs().argmax())]
     found = sum(int(text.split(" of ")[0]) > 0 for text in pairs["cosine_found"])
-    answer = (
-        f"Cosine beyond chance in some module with {found} of {len(pairs)} others"
-        if name is not None
-        else f"Cosine beyond chance in some module in {found} of {len(pairs)} pairs"
-    )
+    answer = _in_some_module("Cosine", found, len(pairs), name)
     answer += (
-        f". Likest: {_partner(top, name)}, mean cosine {_figure(top['cosine'])}, beyond chance in "
+        f" Likest: {_partner(top, name)}, mean cosine {_figure(top['cosine'])}, beyond chance in "
         f"{top['cosine_found']} modules; φ* {_figure(top['phi_in'])} on the side in, {_figure(top['phi_out'])} out."
     )
     shared = pairs["rows_shared"].max()
@@ -122,16 +118,9 @@ def merging(pairs: pd.DataFrame, name: str | None) -> Verdict:
     over = known["sti"] / known["sti_chance"]
     worst = known.iloc[int(over.argmax())]
     found = [int(text.split(" of ")[0]) > 0 for text in known["sti_found"]]
-    where = f"{sum(found)} of {len(known)} {'others' if name is not None else 'pairs'}"
-    answer = (
-        f"Interference (STI) beyond chance in some module with {where}"
-        if name is not None
-        else f"Interference (STI) beyond chance in some module in {where}"
-    )
-    if not any(found):
-        answer = f"Interference (STI) consistent with chance in all {where.split(' of ')[1]}"
+    answer = _in_some_module("Interference (STI)", sum(found), len(known), name)
     answer += (
-        f". Most over chance: {_partner(worst, name)}, STI {_figure(worst['sti'])} Σσ, beyond chance in "
+        f" Most over chance: {_partner(worst, name)}, STI {_figure(worst['sti'])} Σσ, beyond chance in "
         f"{worst['sti_found']} modules."
     )
     chance = f"the same spectra turned at random: {_figure(worst['sti_chance'])} Σσ. No measure decides a merge"
@@ -148,6 +137,16 @@ def found_of(q: pd.Series[float]) -> str:
     """
     known = q.dropna()
     return f"{int((known <= RATE).sum())} of {len(known)}"
+
+
+def _in_some_module(what: str, found: int, count: int, name: str | None) -> str:
+    """In how many pairs, or with how many others, some module is beyond chance."""
+    joined, word = ("in", "pair") if name is None else ("with", "other")
+    words = word if count == 1 else f"{word}s"
+    if not found:
+        every = "the" if count == 1 else f"all {count}"
+        return f"{what}: consistent with chance in every module {joined} {every} {words}."
+    return f"{what}: beyond chance in some module {joined} {found} of {count} {words}."
 
 
 def _partner(pair: pd.Series[Any], name: str | None) -> str:

@@ -6,7 +6,6 @@
   document.getElementById("about").replaceChildren(make("p", {}, `Task ${data.task}, ${data.runs} finished runs. Points are runs; bars are the mean of equal seeds with the ${Math.round(100 * data.confidence)} % interval of its gain over the frozen model, over seeds and groups of held-out items.`));
   const element = document.getElementById("metric");
   const chart = make("div", { class: "chart", role: "img" });
-  const ink = (one) => getComputedStyle(document.documentElement).getPropertyValue(`--${one}`);
   let current = data.metrics[0];
 
   function draw() {
@@ -19,7 +18,7 @@
       // Shifted by a hair, so that points of one r stay apart.
       const apart = Math.min(0.14, 0.6 / current.series.length);
       const shift = 2 ** (apart * (number - (current.series.length - 1) / 2));
-      const name = one.targets;
+      const name = report.literal(one.targets);
       const bars = one.bars;
       return [
         {
@@ -39,7 +38,7 @@
     });
     if (current.frozen !== null) {
       const ends = [ranks[0] * 0.8, ranks.at(-1) * 1.25];
-      traces.push({ x: ends, y: [scaled(current.frozen), scaled(current.frozen)], mode: "lines", name: "frozen model", line: { color: ink("chance"), dash: "dash" } });
+      traces.push({ x: ends, y: [scaled(current.frozen), scaled(current.frozen)], mode: "lines", name: "frozen model", line: { color: report.ink("chance"), dash: "dash" } });
     }
     chart.setAttribute("aria-label", `${title} against r: ${current.series.map((one) => `${one.targets} ${one.bars.map((bar) => `${report.figure(scaled(bar.mean))} at r = ${bar.r}`).join(", ")}`).join("; ")}; frozen model ${report.figure(scaled(current.frozen))}. The tables below have the numbers.`);
     return report.draw(chart, traces, { xaxis: { title: { text: "r" }, type: "log", tickvals: ranks, ticktext: ranks.map(String) }, yaxis: { title: { text: title } } }, draw);

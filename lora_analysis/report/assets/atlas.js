@@ -49,33 +49,32 @@
     const few = count <= 40;
     const cut = (name) => (name.length > 34 ? `…${name.slice(-33)}` : name);
     const narrow = element.clientWidth < 600;
-    const labels = few && !narrow ? { tickvals: places, ticktext: names.map(cut), ticks: "" } : { showticklabels: false, ticks: "" };
+    const labels = few && !narrow ? { tickvals: places, ticktext: names.map((name) => report.literal(cut(name))), ticks: "" } : { showticklabels: false, ticks: "" };
     const traces = [
       {
         type: "heatmap", z: order.map((a) => order.map((b) => cosine(a, b))), x: places, y: places, zmin: least, zmax: 1, colorscale: report.SCALE, showscale: false,
-        text: count <= 150 ? order.map((a) => order.map((b) => `${data.names[a]}<br>${data.names[b]}`.replaceAll("<", "‹").replaceAll("‹br>", "<br>"))) : undefined,
+        text: count <= 150 ? order.map((a) => order.map((b) => `${report.literal(data.names[a])}<br>${report.literal(data.names[b])}`)) : undefined,
         hovertemplate: count <= 150 ? "%{text}<br>cosine %{z:.3g}<extra></extra>" : "cosine %{z:.3g}<extra></extra>",
       },
     ];
     if (withTree) {
-      traces.push({ ...tree(), xaxis: "x2", mode: "lines", line: { color: ink("ink"), width: 1 }, hoverinfo: "skip", showlegend: false });
+      traces.push({ ...tree(), xaxis: "x2", mode: "lines", line: { color: report.ink("ink"), width: 1 }, hoverinfo: "skip", showlegend: false });
     }
     const side = Math.min(element.clientWidth, 900);
     chart.style.height = `${Math.max(320, few ? Math.max(side * 0.6, 24 * count + 160) : side * 0.8)}px`;
     return report.draw(
       chart, traces,
       {
-        margin: { l: 10, r: 10, t: 25, b: few && !narrow ? 10 : 30 },
-        xaxis: { domain: [withTree ? 0.24 : 0, 1], tickangle: -60, showgrid: false, ...labels },
-        xaxis2: { domain: [0, 0.2], autorange: "reversed", title: { text: "1 − cosine" }, showgrid: false, zeroline: false },
-        yaxis: { autorange: "reversed", showgrid: false, side: "right", showline: false, ...labels },
+        margin: { l: 10, r: 10, t: 25, b: few && !narrow ? 10 : 45 },
+        xaxis: { domain: [withTree ? 0.24 : 0, 1], tickangle: -60, showgrid: false, showline: false, range: [-0.5, count - 0.5], ...labels },
+        xaxis2: { domain: [0, 0.2], autorange: "reversed", title: { text: "1 − cosine" }, showgrid: false, zeroline: false, nticks: 3, tickangle: 0 },
+        yaxis: { range: [count - 0.5, -0.5], showgrid: false, side: "right", showline: false, ...labels },
         showlegend: false,
       },
       draw,
     );
   }
 
-  const ink = (one) => getComputedStyle(document.documentElement).getPropertyValue(`--${one}`);
   element.replaceChildren(
     report.choice("Order", [["tree", "likest side by side"], ["name", "name"], ["norm", "‖ΔW‖"], ["start", "start"]], current, (value) => { current = value; draw(); }),
     chart,

@@ -20,13 +20,13 @@ report.spectrum = (element, module, bands, name) => {
       const line = { width: 0 };
       traces.push(
         { x, y: band[0], mode: "lines", line, hoverinfo: "skip", showlegend: false },
-        { x, y: band[2], mode: "lines", line, fill: "tonexty", fillcolor: ink("band"), name: "chance, 90 % band", hoverinfo: "skip" },
-        { x, y: band[1], mode: "lines", line: { color: ink("chance"), dash: "dash", width: 1 }, name: "chance, median" },
+        { x, y: band[2], mode: "lines", line, fill: "tonexty", fillcolor: report.ink("band"), name: "chance, 90 % band", hoverinfo: "skip" },
+        { x, y: band[1], mode: "lines", line: { color: report.ink("chance"), dash: "dash", width: 1 }, name: "chance, median" },
       );
     }
     traces.push({
       x: k, y: shares, mode: "lines+markers", name: "σ of ΔW", line: { color: report.SERIES[0], width: 1.5 },
-      marker: { size: 7, color: below.map((low) => (low ? ink("paper") : report.SERIES[0])), line: { color: report.SERIES[0], width: 1.5 } },
+      marker: { size: 7, color: below.map((low) => (low ? report.ink("paper") : report.SERIES[0])), line: { color: report.SERIES[0], width: 1.5 } },
       customdata: S.map((value, i) => [report.figure(value, 4), report.figure(module.errors?.[i])]),
       hovertemplate: "k = %{x}<br>σ = %{customdata[0]}<br>error of a cut here: %{customdata[1]}<extra></extra>",
     });
@@ -40,7 +40,6 @@ report.spectrum = (element, module, bands, name) => {
       draw,
     );
   };
-  const ink = (one) => getComputedStyle(document.documentElement).getPropertyValue(`--${one}`);
   element.setAttribute("role", "img");
   element.setAttribute("aria-label", `Singular values of ${name}: the first holds ${report.share(shares[0] ** 2)} of ‖ΔW‖², ${below.filter(Boolean).length} of ${S.length} lie below three storage-noise floors.`);
   return draw();
@@ -52,18 +51,17 @@ report.amplification = (element, rows, name) => {
     element.replaceChildren(report.make("p", { class: "soft" }, "No gain: ΔW has no directions to project W on."));
     return;
   }
-  const ink = (one) => getComputedStyle(document.documentElement).getPropertyValue(`--${one}`);
   const x = known.map((row) => row.k);
   const draw = () => {
     const found = known.map((row) => row.q !== null && row.q <= 0.05);
     const traces = [
       {
         x, y: known.map((row) => row.gain), mode: "lines+markers", name: "gain", line: { color: report.SERIES[0] },
-        marker: { size: 9, color: found.map((yes) => (yes ? report.SERIES[0] : ink("panel"))), line: { color: report.SERIES[0], width: 1.5 } },
+        marker: { size: 9, color: found.map((yes) => (yes ? report.SERIES[0] : report.ink("panel"))), line: { color: report.SERIES[0], width: 1.5 } },
         customdata: known.map((row) => [report.probability(row.p), report.probability(row.q), report.share(row.ceiling_fraction)]),
         hovertemplate: "k = %{x}<br>gain %{y:.3g}, chance 1<br>p %{customdata[0]}, q %{customdata[1]}<br>%{customdata[2]} of the ceiling<extra></extra>",
       },
-      { x: [x[0], x.at(-1)], y: [1, 1], mode: "lines", name: "chance", line: { color: ink("chance"), dash: "dash" }, hoverinfo: "skip" },
+      { x: [x[0], x.at(-1)], y: [1, 1], mode: "lines", name: "chance", line: { color: report.ink("chance"), dash: "dash" }, hoverinfo: "skip" },
     ];
     for (const [key, label, symbol, dash] of [["amplification", "factor", "square", "solid"], ["amplification_null", "factor by chance", "square-open", "dot"]]) {
       traces.push({ x, y: known.map((row) => row[key]), yaxis: "y2", mode: "lines+markers", name: label, line: { color: report.SERIES[1], dash, width: 1 }, marker: { symbol, size: 6 }, hovertemplate: `k = %{x}<br>${label} %{y:.3g}<extra></extra>` });

@@ -226,6 +226,11 @@ const report = (() => {
     for (const known of charts.keys()) if (!known.isConnected) charts.delete(known);
   }
 
+  /** A name as a chart shows it: plotly reads markup in its labels. */
+  function literal(name) {
+    return name.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  }
+
   function ink(name) {
     return getComputedStyle(page).getPropertyValue(`--${name}`);
   }
@@ -248,5 +253,5 @@ const report = (() => {
   });
 
   button.textContent = dark() ? "Light theme" : "Dark theme";
-  return { MARKERS, SCALE, SERIES, bar, breakable, choice, colour, download, draw, failed, figure, ink, inkOn, load, make, place, placing, probability, receive, remember, select, share, written };
+  return { MARKERS, SCALE, SERIES, bar, breakable, choice, colour, download, draw, failed, figure, ink, ink, inkOn, literal, load, make, place, placing, probability, receive, remember, select, share, written };
 })();
