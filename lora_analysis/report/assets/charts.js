@@ -36,7 +36,7 @@ report.spectrum = (element, module, bands, name) => {
     const least = Math.max(shown, Math.min(...shares, ...(band ? band[0] : [])));
     return report.draw(
       element, traces,
-      { xaxis: { title: { text: "k" }, dtick: k.length > 16 ? undefined : 1 }, yaxis: { title: { text: "σ_k / ‖ΔW‖" }, type: "log", range: [Math.log10(least) - 0.15, 0.1], dtick: "D2" } },
+      { xaxis: { title: { text: "k" }, dtick: k.length > 16 ? undefined : 1 }, yaxis: { title: { text: "σₖ / ‖ΔW‖" }, type: "log", range: [Math.log10(least) - 0.15, 0.1], dtick: "D2" } },
       draw,
     );
   };

@@ -3,11 +3,14 @@
 (async () => {
   const { make } = report;
   const element = document.getElementById("grid");
-  const { names, pairs, table } = await report.pairsOf(null);
+  const { names, pairs: every, table } = await report.pairsOf(null);
+  const differs = table.columns.findIndex((c) => c.key === "kind");
+  const kinds = [...new Set(table.rows.map((row) => row[differs]))];
   let state = {};
+  let pairs = every;
 
   function address(i) {
-    return `#${new URLSearchParams({ a: pairs[i][0], b: pairs[i][1] })}`;
+    return `#${new URLSearchParams({ a: every[i][0], b: every[i][1] })}`;
   }
 
   function keep(more) {
@@ -16,6 +19,7 @@
   }
 
   async function show() {
+    pairs = every.filter((_, i) => !kinds.includes(state.kind) || table.rows[i][differs] === state.kind);
     const wanted = pairs.findIndex(([a, b]) => a === Number(state.a) && b === Number(state.b));
     const at = Math.max(0, wanted);
     const [a, b] = pairs[at];
@@ -23,10 +27,12 @@
     const known = pair.gridded.map((i) => pair.modules[i]);
     const module = known.includes(state.module) ? state.module : known[Math.floor((known.length - 1) / 2)];
     const called = [names[a - 1], names[b - 1]];
-    const kind = table.rows[at][table.columns.findIndex((c) => c.key === "kind")];
+    const kind = table.rows[every.indexOf(pairs[at])][differs];
+    const words = { r: "ranks", seed: "seeds", task: "tasks", targets: "targets", "seed or task": "seeds or tasks" };
     const area = make("div");
     const partners = (of) => pairs.flatMap(([x, y]) => (x === of ? [y] : []));
     element.replaceChildren(
+      ...(kinds.length > 1 ? [report.choice("Compare", [["all", "all"], ...kinds.map((one) => [one, words[one]])], kinds.includes(state.kind) ? state.kind : "all", (value) => choose({ kind: value }))] : []),
       make(
         "div",
         { class: "controls" },
@@ -41,7 +47,7 @@
     const index = pair.modules.indexOf(module);
     report.table(document.getElementById("same-table"), pair.same, { caption: "sameness by module", link: (i) => link(pair, "same", i) });
     report.table(document.getElementById("merge-table"), pair.merge, { caption: "interference by module", link: (i) => link(pair, "merge", i) });
-    await report.phi(area, { a, b, index, names: called }, state, (where) => keep({ a, b, module, ...where }));
+    await report.phi(area, { a, b, index, names: called }, state, (where) => keep({ ...(state.kind ? { kind: state.kind } : {}), a, b, module, ...where }));
 
     function link(data, name, i) {
       const shown = data[name].rows[i][0];

@@ -239,14 +239,18 @@ const report = (() => {
   const SERIES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c3c"];
   const MARKERS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"];
 
-  // Print is light, whatever the screen is.
+  // Print is light and has nothing folded, whatever the screen is.
   let before = null;
+  let folded = [];
   addEventListener("beforeprint", () => {
+    folded = [...document.querySelectorAll("details:not([open])")];
+    for (const one of folded) one.open = true;
     before = page.dataset.theme ?? "";
     page.dataset.theme = "light";
     themed();
   });
   addEventListener("afterprint", () => {
+    for (const one of folded) one.open = false;
     if (before) page.dataset.theme = before;
     else delete page.dataset.theme;
     themed();

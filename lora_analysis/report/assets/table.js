@@ -4,6 +4,7 @@ report.table = (() => {
   const { make, written } = report;
   const ROWS = 200;
   const CHANCE = 0.05;
+  const FOLDED = 200;
   const NUMERIC = new Set(["number", "fine", "count", "share", "p", "q"]);
 
   /** Whether a row has every word of the filter; a word such as gain>1.2 compares a column. */
@@ -33,6 +34,10 @@ report.table = (() => {
     const long = !right && shown.length > 60;
     const td = make("td", { class: right ? "right" : column.kind === "name" ? "name" : long ? "long" : null });
     const text = column.kind === "name" ? report.breakable(shown) : [shown];
+    if (!right && shown.length > FOLDED) {
+      td.append(make("details", {}, make("summary", {}, `${shown.slice(0, 90)}…`), shown));
+      return td;
+    }
     td.append(...(href ? [make("a", { href }, ...text)] : text));
     if (column.kind === "q" && value !== null && value > CHANCE) td.append(make("span", { class: "plain" }, "consistent with chance"));
     return td;
