@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -16,12 +16,17 @@ from lora_analysis.report.data import rounded, shown
 from lora_analysis.report.measured import Measured, at_largest_k
 from lora_analysis.tables.discoveries import RATE
 
+if TYPE_CHECKING:
+    from lora_analysis.plots.modules import Place
+
 _TABLES: dict[str, tuple[Column, ...]] = {
     "rank": RANK,
     "strength": STRENGTH,
     "amplification": AMPLIFICATION,
     "intruders": INTRUDERS,
 }
+_KINDS = 8
+"""Most kinds of matrices that are named."""
 _SEVERITIES = ("error", "warning", "undecided", "info")
 
 
@@ -66,16 +71,13 @@ def grouped_findings(findings: Sequence[Finding]) -> list[dict[str, Any]]:
 
 def adapter_data(measured: Measured, number: int) -> dict[str, Any]:
     """The modules with their places, what the map can show of each, and the tables."""
-    from lora_analysis.plots.modules import kind_labels, place
-
     adapter, tables = measured.adapters[number], measured.of(number)
-    places = [place(name) for name in adapter]
-    labels = kind_labels((p.kind for p in places), update=True) if places else {}
+    places, labels = _places(adapter, update=True)
     stem = f"adapter-{number + 1}"
     data: dict[str, Any] = {
         "name": measured.names[number],
         "modules": [
-            {"name": name, "layer": p.layer, "kind": _as_text(labels[p.kind])}
+            {"name": name, "layer": p.layer, "kind": labels[p.kind]}
             for name, p in zip(rounded(list(adapter)), places, strict=True)
         ],
         "metrics": _metrics(tables),
@@ -119,12 +121,11 @@ def base_name(adapter: Adapter) -> str:
 
 def kinds_told(adapter: Adapter) -> str:
     """The kinds of matrices that are adapted, with how many of each."""
-    from lora_analysis.plots.modules import kind_labels, place
-
-    kinds = Counter(place(name).kind for name in adapter)
-    labels = kind_labels(kinds, update=False) if kinds else {}
-    shown_kinds = [f"{_as_text(labels[kind])} ({count})" for kind, count in kinds.most_common(6)]
-    return ", ".join(shown_kinds) + (f" and {len(kinds) - 6} more kinds" if len(kinds) > 6 else "")
+    places, labels = _places(adapter, update=False)
+    kinds = Counter(p.kind for p in places)
+    most = len(kinds) if len(kinds) <= _KINDS else 2
+    told_kinds = [f"{labels[kind]} ({count})" for kind, count in kinds.most_common(most)]
+    return ", ".join(told_kinds) + (f" and {len(kinds) - most} more kinds" if most < len(kinds) else "")
 
 
 def scale_told(adapter: Adapter) -> str:
@@ -142,6 +143,17 @@ def told(values: Any) -> str:
     if len(distinct) > 4:
         return f"{distinct[0]:.4g} to {distinct[-1]:.4g}"
     return ", ".join(f"{value:.4g}" for value in distinct)
+
+
+def _places(adapter: Adapter, *, update: bool) -> tuple[list[Place], dict[str, str]]:
+    """Layer and kind of every module, and what each kind is called."""
+    from lora_analysis.plots.modules import kind_labels, place
+
+    places = [place(name) for name in adapter]
+    if all(p.layer is None for p in places):  # kohya's stems have their path between underscores
+        places = [place(name.replace("_", ".")) for name in adapter]
+    labels = kind_labels((p.kind for p in places), update=update)
+    return places, {kind: _as_text(label) for kind, label in labels.items()}
 
 
 def _as_text(label: str) -> str:
@@ -200,7 +212,11 @@ def _metrics(tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
                     "of the same singular values",
                 )
             )  # fmt: skip
-    return [metric for metric in found if any(value is not None for value in metric["values"])]
+    return [
+        metric
+        for metric in found
+        if any(value is not None and (value > 0 or not metric["log"]) for value in metric["values"])
+    ]
 
 
 def _metric(

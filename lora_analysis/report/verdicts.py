@@ -27,6 +27,8 @@ def wasted_rank(rank: pd.DataFrame) -> Verdict:
     """Did I waste rank? Effective rank against random factors, and what of A its random start does not explain."""
     question, section = "Did I waste rank?", "rank"
     known = rank[rank["effective_rank_low"].notna() & rank["effective_rank"].notna()]
+    if len(rank) and bool((rank["numerical_rank"] == 0).all()):
+        return Verdict(question, "All of it: every ΔW is zero.", "", section)
     if known.empty:
         return Verdict(question, "No update has a spectrum whose chance is known.", "", section)
     below = int((known["effective_rank"] < known["effective_rank_low"]).sum())
@@ -55,6 +57,8 @@ def layers_learned(strength: pd.DataFrame) -> Verdict:
         norms = strength["norm_update"].dropna()
         if norms.empty:
             return Verdict(question, "The scale is unknown, so sizes are: pass --alpha.", "", section)
+        if norms.max() == 0:
+            return Verdict(question, "None: every ΔW is zero.", "", section)
         most = strength["module"].iloc[int(strength["norm_update"].argmax())]
         answer = f"Largest ‖ΔW‖ {_figure(norms.max())} in {most}, median {_figure(norms.median())}."
         return Verdict(question, answer, "a norm by itself has no chance level: pass --base for ‖W‖ beside it", section)

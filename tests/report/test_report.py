@@ -187,6 +187,7 @@ def test_what_has_no_number_says_so(tmp_path):
     other = la.Adapter({"q": la.LowRankUpdate(torch.ones(9, 2), torch.ones(2, 9), scale=1.0)}, source="other")
     page = write_report([zero, unknown, other], out=tmp_path / "odd", draws=19)
     assert "zero-update" in text_of(page.parent / "adapters" / "1.html")
+    assert "every ΔW is zero" in text_of(page.parent / "adapters" / "1.html")
     assert "unknown: sizes are left out; pass --alpha" in text_of(page.parent / "adapters" / "2.html")
     assert "Not compared: 'q': expected one shape" in text_of(page.parent / "compare.html")
     assert "No atlas: 'q': expected one shape" in text_of(page.parent / "atlas.html")

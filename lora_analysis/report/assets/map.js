@@ -5,7 +5,7 @@ report.map = (() => {
 
   function heading(kind) {
     const parts = /^(ΔW)_(.+)$/.exec(kind);
-    return parts ? make("span", {}, parts[1], make("sub", {}, parts[2])) : make("span", {}, kind);
+    return parts ? make("span", {}, parts[1], make("sub", {}, parts[2])) : make("span", {}, ...report.breakable(kind));
   }
 
   function range(metric) {
@@ -84,9 +84,12 @@ report.map = (() => {
     function show(key) {
       current = metrics.find((m) => m.key === key) ?? current;
       const span = range(current);
-      const flat = modules.every((m) => m.layer === null);
+      const [rows, columns] = [new Set(modules.map((m) => m.layer)).size, new Set(modules.map((m) => m.kind)).size];
+      // Without layers, or where few projections recur in several, a list is read better than a table of gaps.
+      element.closest(".first")?.classList.toggle("broad", columns > 9);
+      const flat = modules.every((m) => m.layer === null) || modules.length < (rows * columns) / 4;
       const cells = flat
-        ? make("ul", { class: "flow" }, ...modules.map((m, i) => make("li", {}, button(m, i, current, span, open, true))))
+        ? make("ul", { class: "flow", tabindex: "0", "aria-label": "Modules" }, ...modules.map((m, i) => make("li", {}, button(m, i, current, span, open, true))))
         : grid(modules, current, span, open);
       table.replaceChildren(cells);
       const note = current.plain?.some(Boolean) ? ` ∘ marks what is ${current.plain_word}.` : "";

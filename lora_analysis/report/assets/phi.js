@@ -80,8 +80,8 @@ report.phi = (() => {
       }
     }
 
-    function move(toI, toJ) {
-      [i, j] = [toI, toJ];
+    function move(row, column) {
+      [i, j] = [row, column];
       one.set(i);
       other.set(j);
       point();
