@@ -1,8 +1,7 @@
 """Docstrings as Markdown: they are written so that ``help()`` reads well, and turned here for the site.
 
-Four things differ: ``::`` before an indented block, definition lists, examples outside a section of that name, and types,
-which griffe takes for Python where they can be read as such: ``Tensor, shape (d, m)`` would be a tuple. And arXiv ids
-become links.
+Five things differ: ``::`` before an indented block; definition lists; examples outside a section of that name; arXiv
+ids, which become links; and types, which griffe takes for Python where it can: ``Tensor, shape (d, m)`` for a tuple.
 """
 
 import re
@@ -17,6 +16,7 @@ class Markdown(griffe.Extension):
     """Turns each docstring once, when its object has been read from the source."""
 
     def on_instance(self, *, obj: griffe.Object, **_: object) -> None:
+        """Called by griffe for every module, class, function and attribute."""
         if obj.docstring:
             obj.docstring.value = as_markdown(obj.docstring.value)
 
@@ -31,7 +31,7 @@ def as_markdown(text: str) -> str:
         following = lines[at + 1] if at + 1 < len(lines) else ""
         if line and re.fullmatch(r"-{4,}", following):
             section = line
-        if section not in _PARSED or section == "Attributes":
+        if section not in _PARSED:
             if line.endswith("::"):
                 end = _end_of_block(lines, at + 1)
                 block = "\n".join(lines[at + 1 : end]).strip("\n")

@@ -29,6 +29,7 @@ PAGES = {
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Figures of the repository as if they lay among the pages."""
     figures = Path(config.config_file_path).parents[1] / "figures"
     for name in FIGURES:
         files.append(File.generated(config, f"figures/{name}", abs_src_path=str(figures / name)))
@@ -36,6 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The list of public names in the place of its mark."""
     return markdown.replace("<!-- public names -->", public_names())
 
 
@@ -51,7 +53,5 @@ def public_names() -> str:
         value = getattr(la, name)
         first = (inspect.getdoc(value) or "").splitlines()[0]
         link = f"[`{name}`][{value.__module__}.{value.__qualname__}]"
-        groups[PAGES[value.__module__.split(".")[1]]].append(
-            f'<a id="lora_analysis.{name}"></a>{link}\n:   {first}\n'
-        )
+        groups[PAGES[value.__module__.split(".")[1]]].append(f'<a id="lora_analysis.{name}"></a>{link}\n:   {first}\n')
     return "\n".join(f"## [{title}]({page})\n\n" + "\n".join(rows) for (title, page), rows in groups.items())

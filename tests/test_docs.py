@@ -162,4 +162,4 @@ def test_citation_is_complete_and_of_this_version():
     assert {"message", "title", "abstract", "keywords", "type"} <= set(citation)
     (paper,) = citation["references"]
     assert paper["doi"] == "10.48550/arXiv.2106.09685"
-    assert [author["family-names"] for author in paper["authors"]][0] == "Hu"
+    assert paper["authors"][0]["family-names"] == "Hu"
