@@ -1,6 +1,7 @@
 """The documentation site builds without a warning, names what the package has, and its examples run."""
 
 import doctest
+import importlib.util
 import os
 import re
 import subprocess
@@ -97,6 +98,23 @@ def test_docstrings_leave_no_markup_behind(pages):
     for name, page in pages.items():
         assert "``" not in page.text, name
         assert not re.search(r"\w::\s", page.text), name
+
+
+def test_docstrings_become_markdown():
+    path = ROOT / "docs" / "docstrings.py"
+    spec = importlib.util.spec_from_file_location("docstrings", path)
+    docstrings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docstrings)
+    turned = docstrings.as_markdown(
+        "What it is, see arXiv:2106.09685.\n\n>>> 1 + 1\n2\n\nA law::\n\n    a = b\n      + c\n\nAfter.\n\n"
+        "Conventions\n-----------\n``zero``\n    Nothing.\n``r>d``\n    Too much.\n\nParameters\n----------\n"
+        "x : Tensor, shape of ``y``\n    Any.\n"
+    )
+    assert "[arXiv:2106.09685](https://arxiv.org/abs/2106.09685)" in turned
+    assert "```pycon\n>>> 1 + 1\n2\n```" in turned
+    assert "A law:\n\n```text\na = b\n  + c\n```\n\nAfter." in turned
+    assert "``zero``\n:   Nothing.\n\n``r>d``\n:   Too much." in turned
+    assert "x : Tensor, shape of y\n    Any." in turned
 
 
 def test_the_site_fetches_nothing_from_elsewhere(pages):
