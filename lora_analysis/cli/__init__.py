@@ -29,6 +29,7 @@ from lora_analysis.cli.compare import compare, layers
 from lora_analysis.cli.convert import convert
 from lora_analysis.cli.demo import demo
 from lora_analysis.cli.diff import diff
+from lora_analysis.cli.figure import figure
 from lora_analysis.cli.inspect import inspect
 from lora_analysis.cli.interference import interference
 from lora_analysis.cli.intruders import intruders
@@ -77,6 +78,7 @@ for command in (
     atlas,
     magnitude,
     diff,
+    figure,
     train,
     ablate,
     demo,

@@ -43,8 +43,8 @@ from lora_analysis.update import Svd
 
 Array = npt.NDArray[Any]
 
-DENSE_SIDE = 1024
-"""Smaller side of W up to which all its singular vectors are computed unless asked otherwise (about 1 s there)."""
+DENSE_SIDE = 2048
+"""Smaller side of W up to which all its singular vectors are computed unless asked otherwise (about 5 s there)."""
 
 _CORE_SIDE = 192
 """Smaller side up to which LAPACK decomposes a diagonal plus a product faster than Lanczos does."""
@@ -90,7 +90,7 @@ def leading_triples(
     update : Svd, optional
         Of ΔW.
     complete : bool, optional
-        Whether to compute all triples by LAPACK, time by the cube of the smaller side. By default up to 1024 there,
+        Whether to compute all triples by LAPACK, time by the cube of the smaller side. By default up to 2048 there,
         and where k is more than a quarter of it.
     seed : int
         Of the solver's start vector.

@@ -103,11 +103,17 @@ class Atlas:
 
 
 def _robust_scores(values: Matrix) -> Matrix:
-    """``0.6745 (x - median) / MAD``; 0 where there is no spread."""
+    """``0.6745 (x - median) / MAD``, and where most are alike ``(x - median) / (1.2533 mean deviation)``; 0 if all are.
+
+    Iglewicz and Hoaglin 1993.
+    """
     known = values[np.isfinite(values)]
-    middle = np.median(known) if len(known) else np.nan
-    spread = np.median(np.abs(known - middle)) if len(known) else np.nan
+    if not len(known):
+        return np.zeros(len(values))
+    middle = np.median(known)
+    deviations = np.abs(known - middle)
+    spread = np.median(deviations) / 0.6745 or 1.2533 * deviations.mean()
     if not spread > 0:
         return np.zeros(len(values))
-    scores: Matrix = 0.6745 * (values - middle) / spread
+    scores: Matrix = (values - middle) / spread
     return scores

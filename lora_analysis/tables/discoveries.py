@@ -15,6 +15,7 @@ Benjamini and Hochberg 1995, *Controlling the false discovery rate*, J. R. Stati
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -53,7 +54,7 @@ def with_discoveries(table: pd.DataFrame, families: Mapping[str, Sequence[str]])
     )
 
 
-def _adjusted(p: pd.Series[float], family: Sequence[pd.Series[object]]) -> pd.Series[float]:
+def _adjusted(p: pd.Series[float], family: Sequence[pd.Series[Any]]) -> pd.Series[float]:
     keys = [*family] or [pd.Series(0, index=p.index)]
     groups = p.groupby(keys, dropna=False)
     # Of equal p the last rank counts, so that all of them have the least of their values.
