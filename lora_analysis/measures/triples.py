@@ -34,7 +34,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.sparse.linalg import ArpackError, LinearOperator, svds
 from torch import Tensor
 
 from lora_analysis.errors import BaseWeightsError
@@ -203,6 +202,8 @@ def core_triples(sigma: Tensor, left: Tensor, S: Tensor, right: Tensor, k: int, 
 
 def _core_leading(sigma: Array, left: Array, right: Array, k: int, seed: int) -> Triples | None:
     """The top k of ``diag(sigma) + left @ right.T`` by Lanczos; None if it does not get there."""
+    from scipy.sparse.linalg import ArpackError, LinearOperator, svds  # a third of a second to import
+
     p, shape = len(sigma), (len(left), len(right))
 
     def product(X: Array, low: Array, high: Array) -> Array:
@@ -239,6 +240,8 @@ def _dense(matrix: Tensor, k: int) -> Triples:
 
 def _leading(weight: Tensor, k: int, update: Svd | None, dtype: torch.dtype, seed: int) -> Triples | None:
     """The top k by Lanczos with products in ``dtype``; None if it does not get there."""
+    from scipy.sparse.linalg import ArpackError, svds
+
     rng = np.random.default_rng(seed)
     wanted = k + _SPARE
     factors = None

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.cluster import hierarchy
 
 Matrix = npt.NDArray[np.float64]
 
@@ -52,12 +51,16 @@ class Atlas:
 
     def order(self) -> list[int]:
         """The adapters' numbers as the dendrogram orders its leaves, likest side by side."""
+        from scipy.cluster import hierarchy
+
         if len(self.sources) < 2:
             return list(range(len(self.sources)))
         return [int(number) for number in hierarchy.leaves_list(self.linkage)]
 
     def clusters(self, cosine: float) -> npt.NDArray[np.int64]:
         """Numbers of clusters whose members are on average at least so like each other."""
+        from scipy.cluster import hierarchy
+
         if len(self.sources) < 2:
             return np.ones(len(self.sources), dtype=np.int64)
         found = hierarchy.fcluster(self.linkage, 1 - cosine, criterion="distance")
