@@ -9,13 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from lora_analysis.notebook import html_table
+
 Matrix = npt.NDArray[np.float64]
 
 OUTLYING = 3.5
 """Robust standard scores from which an adapter counts as an outlier (Iglewicz and Hoaglin 1993)."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Atlas:
     """What many adapters have in common.
 
@@ -48,6 +50,18 @@ class Atlas:
     linkage: Matrix
     growth: pd.DataFrame
     mean_share: float
+
+    def __repr__(self) -> str:
+        return f"Atlas({len(self.sources)} adapters, {len(set(self.start.tolist()))} starts)"
+
+    def _repr_html_(self) -> str:
+        table = self.adapters().iloc[self.order()]
+        rows = [
+            (row.adapter, f"{row.norm:.3g}", f"{row.mean_cosine:.2f}", row.start, "outlier" if row.outlier else "")
+            for row in table.itertuples()
+        ]
+        caption = f"Atlas of {len(self.sources)} adapters, likest side by side"
+        return html_table(caption, ["adapter", "‖ΔW‖", "mean cos", "start", ""], rows)
 
     def order(self) -> list[int]:
         """The adapters' numbers as the dendrogram orders its leaves, likest side by side."""
