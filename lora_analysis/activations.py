@@ -27,7 +27,7 @@ from lora_analysis.measures.activations import Activations, InputMoments
 from lora_analysis.tables.directions import usable_svd
 from lora_analysis.update import Svd
 
-PROBES = 64
+PROBES = 256
 """Random directions, orthonormal, that say what chance gives."""
 
 

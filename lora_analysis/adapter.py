@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lora_analysis.checkpoint import Checkpoint
+from lora_analysis.notebook import html_table
 from lora_analysis.update import Update
 
 ScaleSource = Literal["tensor", "config", "header", "format default", "caller", "unknown"]
@@ -264,6 +265,14 @@ class Adapter(Mapping[str, Update]):
 
     def __repr__(self) -> str:
         return f"Adapter({self.source!r}, format={self.format!r}, {len(self)} modules)"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, "{} × {}".format(*module.shape), module.r, f"{module.scale:g}", module.scale_source)
+            for name, module in self.modules.items()
+        ]
+        caption = f"Adapter {self.source}: {self.format}, {len(self)} modules"
+        return html_table(caption, ["module", "d_out × d_in", "r", "scale", "scale from"], rows)
 
     def __reduce__(self) -> tuple[Callable[..., Adapter], tuple[Any, ...]]:
         return self._origin.reopen, self._origin.arguments

@@ -1,4 +1,4 @@
-"""Adapters of one base merged into one adapter, exactly, with what cutting it to a rank leaves out stated.
+"""Adapters of one base merged into one adapter, in float64, with what cutting it to a rank leaves out stated.
 
 Values
 ------
@@ -18,7 +18,7 @@ from lora_analysis.adapter import Adapter, Contents, Module, Origin
 from lora_analysis.errors import LoraAnalysisError, UndefinedUpdateError, UnsupportedAdapterError
 from lora_analysis.measures.merging import Method, merged_svd
 from lora_analysis.measures.spectrum import energy_rank, numerical_rank
-from lora_analysis.tables.directions import leading
+from lora_analysis.tables.directions import WHOLE, energy_left, leading
 from lora_analysis.update import LowRankUpdate, Svd, Update
 
 
@@ -52,8 +52,8 @@ def merge(
     Returns
     -------
     Adapter
-        ``LowRankUpdate``s of scale 1, float32, held in memory; ``modules[name].truncation_error`` states what was cut
-        off, and ``notes`` the largest relative error.
+        ``LowRankUpdate``s of scale 1, rounded to float32, held in memory; ``modules[name].truncation_error`` states
+        what was cut off, and ``notes`` the largest relative error.
 
     Raises
     ------
@@ -103,7 +103,12 @@ def merge(
             embedding=first.embedding,
         )
     sources = ", ".join(adapter.source for adapter in adapters)
-    note = f"merged by {method} from {sources}."
+    settings = [f"weights {', '.join(f'{weight:g}' for weight in weights)}"] if weights is not None else []
+    if method == "knots":
+        settings.append(f"density {density:g}")
+    if keep is not None:
+        settings.append(f"keep {keep:g}")
+    note = f"merged by {method}{''.join(f', {setting}' for setting in settings)}, from {sources}."
     if worst[0] > 0:
         note += f" What was cut off is at most {worst[0]:.2%} of a module's norm ({worst[1]!r})."
     config = {
@@ -140,11 +145,11 @@ def _svd(adapter: Adapter, name: str, first: Module) -> Svd:
 
 
 def _require_whole(update: Update, svd: Svd, where: str) -> None:
-    left = max(0.0, update.norm() ** 2 - float(svd.S.square().sum()))
-    if left > 1e-10 * update.norm() ** 2:
+    left = energy_left(update, svd)
+    if left > WHOLE:
         raise UnsupportedAdapterError(
             f"{where}: expected an update of low rank, got one of which {len(svd.S)} directions leave "
-            f"{math.sqrt(left) / update.norm():.1%} out. Cut it first: lora_analysis.resize."
+            f"{math.sqrt(left):.1%} out. Cut it first: lora_analysis.resize."
         )
 
 

@@ -39,7 +39,7 @@ def test_a_map_has_every_module_in_its_place_and_blanks_where_there_is_none() ->
     bar = ax.images[0].colorbar
     assert bar is not None
     assert bar.ax.get_ylabel() == "gain"
-    assert [text.get_text() for text in bar.ax.texts] == ["chance"]
+    assert bar.ax.get_xlabel() == "line: chance,\n1"
 
 
 def test_a_map_marks_what_is_consistent_with_chance_and_keeps_chance_on_its_bar() -> None:

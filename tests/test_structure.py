@@ -11,7 +11,7 @@ import lora_analysis as la
 
 PACKAGE = Path(la.__file__).parent
 LEVELS = [
-    {"errors"},
+    {"errors", "notebook"},
     {"update", "checkpoint"},
     {"adapter", "measures"},
     {"base"},

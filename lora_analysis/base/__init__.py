@@ -10,8 +10,8 @@ Values
 ------
 ``BaseWeights``, made by ``load_base``.
 
-Modules
--------
+Where what is
+-------------
 ``opening`` (``load_base``), ``sources`` (where weights are), ``weights`` (``BaseWeights``), ``architecture`` (which
 model, how many heads), ``names`` (prefixes), ``stores`` and ``layouts`` (fused and stacked weights), ``matrices``
 (from a target to a matrix), ``orientation`` (turned or not), ``vocabulary`` (resized embeddings), ``quantised`` and

@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 import typer
@@ -29,6 +30,7 @@ from lora_analysis.cli.compare import compare, layers
 from lora_analysis.cli.convert import convert
 from lora_analysis.cli.demo import demo
 from lora_analysis.cli.diff import diff
+from lora_analysis.cli.figure import figure
 from lora_analysis.cli.inspect import inspect
 from lora_analysis.cli.interference import interference
 from lora_analysis.cli.intruders import intruders
@@ -43,6 +45,7 @@ from lora_analysis.cli.resize import resize
 from lora_analysis.cli.same import same
 from lora_analysis.cli.spectrum import spectrum
 from lora_analysis.cli.strength import strength
+from lora_analysis.cli.suggestions import with_next
 from lora_analysis.cli.tokens import tokens
 from lora_analysis.cli.train import train
 from lora_analysis.cli.used_rank import used_rank
@@ -57,33 +60,37 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (
-    inspect,
-    lint,
-    convert,
-    used_rank,
-    resize,
-    spectrum,
-    compare,
-    layers,
-    same,
-    reproducible,
-    strength,
-    amplify,
-    intruders,
-    overlap,
-    tokens,
-    interference,
-    merge,
-    atlas,
-    report,
-    magnitude,
-    diff,
-    train,
-    ablate,
-    demo,
-):
-    app.command()(command)
+COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
+    (inspect, "What is this adapter? Format, modules, r, scale."),
+    (lint, "What is wrong with it, and what is the cure?"),
+    (convert, "The same in another format, read back and compared."),
+    (spectrum, "Singular values, and ranks by every measure."),
+    (used_rank, "Did I waste rank? Rank measures beside chance."),
+    (resize, "Cut it to a rank, an energy or a budget; or raise it."),
+    (compare, "Do two adapters find the same directions? (phi)"),
+    (layers, "The same of the layers of one adapter."),
+    (same, "Are these the same? Start, cosine, subspaces."),
+    (reproducible, "What do trainings from different seeds share?"),
+    (strength, "Which layers learned, and does a merge keep it?"),
+    (amplify, "What does it amplify? (table 7, with gain)"),
+    (overlap, "Where along W's spectrum does it lie? (figure 8)"),
+    (intruders, "Which directions are new to the model?"),
+    (tokens, "What do its directions say in tokens?"),
+    (interference, "Will they merge? Interference beside chance."),
+    (merge, "Several as one: sum, TSV, Iso-C or KnOTS."),
+    (atlas, "A shelf of adapters: families and outliers."),
+    (report, "All five questions as pages that open from disk."),
+    (magnitude, "Did lengths or directions of rows change? (DoRA)"),
+    (diff, "What did full fine-tuning change?"),
+    (figure, "The paper's figures of any adapters, for print."),
+    (train, "Train one adapter, and save it as PEFT reads it."),
+    (ablate, "The paper's ablations, every claim judged."),
+    (demo, "Train five ranks on a real task, and look at them."),
+)
+"""Every command with what it is for, in the order of ``--help``."""
+
+for command, short in COMMANDS:
+    app.command(name=command.__name__.replace("_", "-"), short_help=short)(with_next(command))
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from lora_analysis.cli import options
 from lora_analysis.cli.study_options import ModelOption, SettingOption, TaskOption, chosen_plan, target_set
 from lora_analysis.errors import LoraAnalysisError
 from lora_analysis.study.plan import Scaling
@@ -37,6 +38,7 @@ def ablate(
         bool, typer.Option("--tune", help="Tune learning rates first, on training items held back.")
     ] = False,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="List the runs and stop.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Train adapters over target sets, ranks and seeds, and judge the paper's claims C1 to C17.
 
@@ -80,7 +82,7 @@ def ablate(
         say("done")
     except ImportError as error:
         raise LoraAnalysisError(str(error)) from error
-    print("\n".join(lines))
+    print((out / "claims.json").read_text("utf-8").strip() if as_json else "\n".join(lines))
 
 
 def _positive(text: str) -> int:

@@ -92,7 +92,7 @@ def layers(
 ) -> None:
     """Similarity of the modules of one adapter to each other.
 
-    Example: lora-analysis layers runs/r8 --pairs encoder.layer.0.query=encoder.layer.1.query
+    Example: lora-analysis layers runs/r8 --pairs all --out layers.parquet
     """
     if options.module_pairs(pairs) == "same":
         raise typer.BadParameter(

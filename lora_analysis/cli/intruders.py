@@ -59,7 +59,7 @@ Complete = Annotated[
     bool | None,
     typer.Option(
         "--complete/--top",
-        help="All singular vectors of W, or only the top ones; by default all up to a smaller side of 1024.",
+        help="All singular vectors of W, or only the top ones; by default all up to a smaller side of 2048.",
     ),
 ]
 ControlDraws = Annotated[int, typer.Option("--draws", help="Random updates of the control.", min=0, max=100_000)]

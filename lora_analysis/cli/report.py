@@ -38,7 +38,7 @@ def report(
 ) -> None:
     """All five questions as HTML: a page for each adapter, for every two, for a shelf, for a study. Opens from disk.
 
-    Example: lora-analysis report runs/* --base model.safetensors --out report
+    Example: lora-analysis report runs/r8 runs/r64 --base model.safetensors --out report
     """
     weights = options.open_base(base, device, base_revision)
     opened = options.open_adapters(

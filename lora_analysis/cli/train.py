@@ -8,6 +8,7 @@ from typing import Annotated, get_args
 
 import typer
 
+from lora_analysis.cli import options
 from lora_analysis.cli.study_options import ModelOption, SettingOption, TaskOption, chosen_plan, target_set, task_name
 from lora_analysis.errors import LoraAnalysisError
 from lora_analysis.study.plan import Run
@@ -28,6 +29,7 @@ def train(
     dora: Annotated[bool, typer.Option("--dora", help="Train magnitudes apart from directions.")] = False,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between two writings of the state.")] = 20,
     quick: Annotated[bool, typer.Option("--quick", help="A small task and few steps, to see that it runs.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Train one adapter on a task, and save it as PEFT reads it.
 
@@ -54,5 +56,5 @@ def train(
         lines = train_one(plan, run, out, alpha=alpha, init=init, dora=dora, checkpoint_every=checkpoint_every)
     except ImportError as error:
         raise LoraAnalysisError(str(error)) from error
-    if lines:
-        print("\n".join(lines))
+    if lines:  # the first process alone has any
+        print((out / "run.json").read_text("utf-8").strip() if as_json else "\n".join(lines))

@@ -34,7 +34,7 @@ from lora_analysis.errors import (
 )
 from lora_analysis.formats import load_adapter
 from lora_analysis.lint.configuration import configuration_findings
-from lora_analysis.lint.finding import CODES, SEVERITIES, Finding, Severity
+from lora_analysis.lint.finding import CODES, SEVERITIES, Finding, Findings, Severity
 from lora_analysis.lint.initial import ORTHOGONAL, Edge, edge_of, initial_findings, orthogonal_finding
 from lora_analysis.lint.numbers import number_findings
 from lora_analysis.lint.placement import placement_findings
@@ -42,14 +42,14 @@ from lora_analysis.lint.portability import portability_findings
 from lora_analysis.lint.scales import scale_findings
 from lora_analysis.lint.storage import storage_findings
 
-__all__ = ["CODES", "SEVERITIES", "Finding", "Severity", "lint"]
+__all__ = ["CODES", "SEVERITIES", "Finding", "Findings", "Severity", "lint"]
 
 
 def lint(
     adapter: Adapter | str | os.PathLike[str],
     base: BaseWeights | str | os.PathLike[str] | None = None,
     **options: Any,
-) -> list[Finding]:
+) -> Findings:
     """What is wrong, wasted, undecidable or unportable about an adapter.
 
     Reads every tensor once or twice, one module at a time.
@@ -67,8 +67,9 @@ def lint(
 
     Returns
     -------
-    list of Finding
-        Empty for a clean adapter. Those about the whole adapter come first, then module by module.
+    Findings
+        A list of ``Finding``, in a notebook a table; empty for a clean adapter. Those about the whole adapter come
+        first, then module by module.
 
     Raises
     ------
@@ -92,15 +93,15 @@ def lint(
     try:
         opened = _opened(adapter, base, options)
     except MutatedBaseError as error:
-        return [Finding("mutated-base", "error", "", str(error))]
+        return Findings([Finding("mutated-base", "error", "", str(error))])
     except AmbiguousAdapterError as error:
-        return [Finding("ambiguous-layout", "undecided", "", str(error))]
+        return Findings([Finding("ambiguous-layout", "undecided", "", str(error))])
     if base is not None and any(module.magnitude is not None for module in opened.modules.values()):
         bare = _without_base(adapter, options)
     return _findings(opened, base, bare)
 
 
-def _findings(adapter: Adapter, base: BaseWeights | None, bare: dict[object, Module]) -> list[Finding]:
+def _findings(adapter: Adapter, base: BaseWeights | None, bare: dict[object, Module]) -> Findings:
     """The findings of an adapter that is open; ``bare`` has what modules are without the base."""
     found = [
         *scale_findings(adapter),
@@ -112,7 +113,7 @@ def _findings(adapter: Adapter, base: BaseWeights | None, bare: dict[object, Mod
         found += placement_findings(adapter, base)
     found += _module_findings(adapter, bare)
     order = {"": -1} | {name: i for i, name in enumerate(adapter)}
-    return sorted(found, key=lambda finding: order[finding.module])
+    return Findings(sorted(found, key=lambda finding: order[finding.module]))
 
 
 def _opened(source: str | os.PathLike[str], base: BaseWeights | None, options: dict[str, Any]) -> Adapter:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lora_analysis.notebook import html_table
+
 Severity = Literal["error", "warning", "info", "undecided"]
 """``error``: the adapter cannot act as it was trained; ``warning``: it acts, and something about it is wrong or wasted;
 ``info``: right here, and some other tool would misread it, or it could be smaller; ``undecided``: a check that needs
@@ -31,6 +33,15 @@ class Finding:
     severity: Severity
     module: str
     message: str
+
+
+class Findings(list[Finding]):
+    """What the linter found: a list, which in a notebook is a table."""
+
+    def _repr_html_(self) -> str:
+        caption = f"{len(self)} findings" if len(self) != 1 else "1 finding"
+        rows = [(finding.severity, finding.code, finding.module, finding.message) for finding in self]
+        return html_table(caption if self else "Nothing found.", ["severity", "code", "module", "message"], rows)
 
 
 CODES = {

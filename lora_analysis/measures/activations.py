@@ -75,7 +75,7 @@ class InputMoments:
 
     @property
     def gain(self) -> float:
-        """``‖ΔW X‖_F`` over what directions without regard to the inputs would give on average; 1 by chance.
+        """``‖ΔW X‖_F`` over what directions without regard to the inputs would give; its square is 1 by chance.
 
         ``sqrt(E‖ΔW x‖² d_in / (‖ΔW‖_F² E‖x‖²))``, dimensionless.
         """
@@ -85,15 +85,15 @@ class InputMoments:
     def chance_gains(self, *, draws: int = 999, seed: int = 0) -> Tensor:
         """Sample of the gain of an update of the same spectrum in random directions; shape (draws,).
 
-        Each of its directions has the second moment of one of the probes, drawn without regard to the others.
+        Each of its directions has the second moment of one of the probes, drawn without regard to the others, and over
+        their mean, for which the exact one is known: the square of the gain is 1 on average, the gain a little less.
         """
         if not len(self.svd.S) or self.input_square <= 0:
             return torch.full((draws,), math.nan, dtype=torch.float64)
         generator = torch.Generator().manual_seed(seed)
         weights = self.svd.S.square() / self.svd.S.square().sum()
         picked = torch.randint(len(self.probes), (draws, len(weights)), generator=generator)
-        level = self.input_square / self.svd.Vh.shape[1]
-        return (self.probes[picked] / level @ weights).sqrt()
+        return (self.probes[picked] / self.probes.mean() @ weights).sqrt()
 
     def singular_values(self) -> Tensor:
         """Those of ``ΔW Σ^{1/2}``: ΔW weighted by how much the inputs use its directions; shape (k,), descending."""
@@ -130,6 +130,8 @@ class Activations:
 
     def agreement(self, a: int, b: int, module: str) -> float:
         """Linear CKA of ``ΔW_a X`` and ``ΔW_b X``, in [0, 1]; NaN where one of them does nothing.
+
+        It has no level of chance here, and few inputs raise it: collect far more than the update's rank.
 
         ``‖C_ab‖_F² / (‖C_aa‖_F ‖C_bb‖_F)`` with ``C_ab = ΔW_a Cov(x) ΔW_b.T``.
         """

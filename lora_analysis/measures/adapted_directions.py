@@ -220,7 +220,8 @@ def _bracket(
 
 def _haar(d: int, p: int, r: int, generator: torch.Generator) -> Tensor:
     """Random orthonormal columns in the form of ``coordinates``: p rows, and what is left of the other d - p."""
-    frame: Tensor = torch.linalg.qr(torch.randn(d, r, generator=generator, dtype=torch.float64)).Q
+    Q, R = torch.linalg.qr(torch.randn(d, r, generator=generator, dtype=torch.float64))
+    frame: Tensor = Q * R.diagonal().sign()  # LAPACK's own signs are not fair: both sides would share them
     if d == p:
         return frame
     rest = torch.linalg.qr(frame[p:], mode="r").R

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from lora_analysis.measures.projection_null import projection_null
@@ -209,7 +209,9 @@ def sign_p(signed_positive: float, k: int) -> float:
     >>> sign_p(1.0, 4), sign_p(0.5, 4)
     (0.125, 1.0)
     """
-    return float(stats.binomtest(round(signed_positive * k), k).pvalue)
+    positive = round(signed_positive * k)
+    # Twice a tail of the binomial law, which is symmetric.
+    return min(1.0, 2 * float(special.bdtr(min(positive, k - positive), k, 0.5)))
 
 
 def amplification_factor(norm_update: float, projected: float) -> float:

@@ -10,8 +10,10 @@ counts 0 but for one time in a hundred; after the first the count is conservativ
 ``sd · sqrt(d_in) · (r / d_in)**(1/4)`` stays in the band and cannot be seen (Baik-Ben Arous-Péché).
 
 The variance is taken as known, from the initialisation that PEFT, loralib and others share. Where that was another,
-or weight decay has shrunk A, the median of the singular values says so (``bulk``, 1 as expected), and the count against
-a start whose variance is that of the bulk is given beside it.
+or weight decay or the noise of training has changed it, a singular value three quarters down the spectrum says so
+(``bulk``, 1 as expected): fewer than that many learned directions do not reach it. Beside the count stands therefore
+one that needs no variance, by the ratio of the others to that value, which is exact for a start of any; at r = 1 there
+is none. Where most directions were learned neither tells.
 
 Measures
 --------
@@ -56,12 +58,14 @@ class LearnedDirections(NamedTuple):
     edge : float
         Quantile ``LEVEL`` of the largest singular value of a start, in the units of A.
     bulk : float
-        Median of the singular values over its expectation for a start; 1 where the variance is as assumed and few
-        directions were learned.
+        The singular value three quarters down the spectrum over its expectation for a start; 1 where the variance is
+        as assumed and not most directions were learned.
     bulk_p : float
-        Two-sided p of that median. Learned directions raise it too where r is small.
+        Two-sided p of that value.
     learned_rescaled : int
-        The count against a start of the variance that the median implies.
+        Singular values whose ratio to that value is above the same quantile of a start's, whatever its variance.
+    p_rescaled : float
+        Of the largest of these ratios; 1 at r = 1.
     """
 
     learned: int
@@ -70,6 +74,7 @@ class LearnedDirections(NamedTuple):
     bulk: float
     bulk_p: float
     learned_rescaled: int
+    p_rescaled: float
 
 
 def kaiming_sd(d_in: int) -> float:
@@ -115,13 +120,16 @@ def initial_spectrum_null(r: int, d_in: int, *, law: Law = "uniform", draws: int
     """
     if min(r, d_in, draws) < 1:
         raise ValueError(f"expected r, d_in and draws of at least 1, got r={r}, d_in={d_in}, draws={draws}.")
-    rng = np.random.default_rng(seed)
-    if law == "normal":
-        normal: Tensor = torch.linalg.svdvals(triangular_factors(rng, draws, d_in, r))
-        return normal
-    if law != "uniform":
+    if law not in ("uniform", "normal"):
         raise ValueError(f"law: expected 'uniform' or 'normal', got {law!r}.")
+    rng = np.random.default_rng(seed)
     found = []
+    if law == "normal":
+        chunk = max(1, _CHUNK // r**2)
+        for start in range(0, draws, chunk):
+            factors = triangular_factors(rng, min(chunk, draws - start), d_in, r)
+            found.append(torch.linalg.svdvals(factors))
+        return torch.cat(found)
     chunk = max(1, _CHUNK // (r * d_in))
     for start in range(0, draws, chunk):
         # float32 is exact enough for singular values of a well-conditioned matrix, and twice as fast to draw.
@@ -170,18 +178,21 @@ def learned_directions(down: Tensor, null: Tensor, *, sd: float | None = None) -
     sd = kaiming_sd(down.shape[1]) if sd is None else sd
     if not 0 < sd < math.inf:
         raise ValueError(f"sd: expected a positive number, got {sd}.")
-    S = torch.linalg.svdvals(down.double()) / sd
-    largest, medians = null[:, 0].sort().values, null.median(dim=1).values
-    draws = len(null)
-    edge = float(largest[min(draws - 1, math.ceil(LEVEL * (draws + 1)) - 1)])
-    median = float(S.median())
-    bulk = median / float(medians.mean())
-    above, below = int((medians >= median).sum()), int((medians <= median).sum())
+    S = torch.linalg.svdvals(down.double()).cpu() / sd
+    draws, low = len(null), min(len(S) - 1, 3 * len(S) // 4)
+    largest, lower = null[:, 0].sort().values, null[:, low]
+    ratios = (null[:, 0] / lower).sort().values
+    quantile = min(draws - 1, math.ceil(LEVEL * (draws + 1)) - 1)
+    edge, ratio_edge = float(largest[quantile]), float(ratios[quantile])
+    above, below = int((lower >= S[low]).sum()), int((lower <= S[low]).sum())
+    # A ratio to itself is 1 up to rounding, here as there.
+    ratio = S / S[low] if float(S[low]) > 0 else torch.ones_like(S)
     return LearnedDirections(
         learned=int((edge < S).sum()),
         p=(1 + int((largest >= S[0]).sum())) / (draws + 1),
         edge=edge * sd,
-        bulk=bulk,
+        bulk=float(S[low]) / float(lower.mean()),
         bulk_p=min(1.0, 2 * (1 + min(above, below)) / (draws + 1)),
-        learned_rescaled=int((edge * bulk < S).sum()) if bulk > 0 else 0,
+        learned_rescaled=int((ratio > ratio_edge).sum()),
+        p_rescaled=(1 + int((ratios >= ratio[0]).sum())) / (draws + 1),
     )

@@ -36,6 +36,10 @@ from torch import Tensor
 from lora_analysis.measures.shared_basis import shared_basis
 from lora_analysis.update import Svd
 
+_ROUNDING = 8 * torch.finfo(torch.float64).eps
+_TIE = 1e-12
+"""Of the sum of absolute values: a sum below it has no sign to elect."""
+
 Method = Literal["sum", "tsv", "iso-c", "knots"]
 """How updates are merged."""
 
@@ -55,13 +59,13 @@ def merged_svd(
     svds : sequence of Svd
         Of one shape.
     weights : sequence of float, optional
-        Of each update; 1 by default.
+        Of each update; 1 by default, and 0 leaves it out.
     method : {"sum", "tsv", "iso-c", "knots"}
     density : float
         Of knots: the share of entries of each V_t that trimming leaves, in (0, 1].
     keep : float, optional
         Of tsv: the share of each update's directions that is used, in (0, 1]; 1 / T by default, as in the paper, T
-        counting updates that have any.
+        counting updates that have any and are not left out.
 
     Returns
     -------
@@ -85,28 +89,35 @@ def merged_svd(
     factors = [1.0] * len(svds) if weights is None else [float(weight) for weight in weights]
     if len(factors) != len(svds):
         raise ValueError(f"weights: expected one of each of {len(svds)} updates, got {len(factors)}.")
-    keep = 1 / max(1, sum(len(svd.S) > 0 for svd in svds)) if keep is None else keep
+    used = [(svd, factor) for svd, factor in zip(svds, factors, strict=True) if len(svd.S) and factor]
+    keep = 1 / max(1, len(used)) if keep is None else keep
     for name, value in (("density", density), ("keep", keep)):
         if not 0 < value <= 1:
             raise ValueError(f"{name}: expected in (0, 1], got {value}.")
-    basis = shared_basis(svds)
-    cores = basis.cores * torch.tensor(factors, dtype=torch.float64, device=basis.cores.device)[:, None, None]
+    shapes = {(svd.U.shape[0], svd.Vh.shape[1]) for svd in svds}
+    if len(shapes) != 1:
+        raise ValueError(f"svds: expected at least one update and all of one shape, got {sorted(shapes)}.")
+    if not used:
+        return svds[0].top(0)
+    basis = shared_basis([svd for svd, _ in used])
+    cores = torch.stack([factor * core for core, (_, factor) in zip(basis.cores, used, strict=True)])
     if method == "knots":
         return _knots(cores, basis.Q_out, basis.Q_in, density)
-    core = _task_singular_vectors(cores, [len(svd.S) for svd in svds], keep) if method == "tsv" else cores.sum(0)
-    U, S, Vh = _compact(core)
+    core = _task_singular_vectors(cores, [len(svd.S) for svd, _ in used], keep) if method == "tsv" else cores.sum(0)
+    U, S, Vh = _compact(core, largest=max(float(svd.S[0].double()) * abs(factor) for svd, factor in used))
     if method == "iso-c" and len(S):
         S = torch.full_like(S, float(S.mean()))
     return Svd(basis.Q_out @ U, S, Vh @ basis.Q_in.mT)
 
 
-def _compact(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _compact(matrix: Tensor, *, largest: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD without the directions of singular values that are rounding: those vectors would be arbitrary.
 
-    Updates that share directions, or cancel, leave their basis with more dimensions than their sum has.
+    Updates that share directions, or cancel, leave their basis with more dimensions than their sum has. ``largest`` is
+    the largest singular value of what was summed, whose rounding is in the sum.
     """
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    rounding = float(S[0]) * max(matrix.shape) * torch.finfo(S.dtype).eps if len(S) else 0.0
+    rounding = max(float(S[0]), largest) * _ROUNDING * max(matrix.shape) if len(S) else 0.0
     rank = int((rounding < S).sum())
     return U[:, :rank], S[:rank], Vh[:rank]
 
@@ -138,8 +149,10 @@ def _knots(cores: Tensor, Q_out: Tensor, Q_in: Tensor, density: float) -> Svd:
     kept = max(1, round(density * parts[0].numel()))
     threshold = parts.abs().flatten(1).kthvalue(parts[0].numel() - kept + 1, dim=1).values
     trimmed = torch.where(parts.abs() >= threshold[:, None, None], parts, 0.0)
-    sign = trimmed.sum(0).sign()
-    agreeing = torch.where(trimmed.sign() == sign, trimmed, 0.0)
+    elected = trimmed.sum(0)
+    # Entries that cancel elect no sign: that of what rounding leaves would be another on another machine.
+    sign = torch.where(elected.abs() > _TIE * trimmed.abs().sum(0), elected.sign(), 0.0)
+    agreeing = torch.where(trimmed.sign() * sign > 0, trimmed, 0.0)
     merged = agreeing.sum(0) / (agreeing != 0).sum(0).clamp_min(1)
     left, values, right = _compact(S[:, None] * merged)
     return Svd(Q_out @ (U @ left), values, right)

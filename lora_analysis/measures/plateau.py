@@ -41,6 +41,7 @@ LEVEL = 0.05
 """p below which the plateau is rejected."""
 
 _GRID = 4097
+_CHUNK = 2**22
 
 
 class NoisePlateau(NamedTuple):
@@ -53,7 +54,7 @@ class NoisePlateau(NamedTuple):
     p : float
         Of the lower half under pure noise; NaN where there are too few values.
     edge : float
-        Upper end of the band of noise, in the units of S.
+        99 % quantile of the largest value of such noise, in the units of S.
     above_edge : int or None
         Singular values above it.
     threshold : float
@@ -104,16 +105,16 @@ def noise_plateau(S: Tensor, d: int, *, draws: int = 999, seed: int = 0) -> Nois
     r = len(S)
     if d < r:
         raise ValueError(f"d: expected at least the {r} singular values, got {d}.")
-    values = S.detach().double().sort(descending=True).values.numpy()
+    values = S.detach().double().cpu().sort(descending=True).values.numpy()
     missing = NoisePlateau(False, math.nan, math.nan, None, math.nan, None)
     if r < FEWEST or not values[r // 2] > 0:
         return missing
-    distances = _null_distances(r, d, draws, seed)
+    distances, largest = _noise(r, d, draws, seed)
     p = (1 + int((distances >= _distance(values[None], r / d)[0]).sum())) / (draws + 1)
     if p < LEVEL:
         return missing._replace(p=p)
     median = float(np.median(values))
-    edge = median / marchenko_pastur_median(r / d) * (1 + math.sqrt(r / d))
+    edge = median * largest
     threshold = median * optimal_threshold(r / d)
     return NoisePlateau(True, p, edge, int((values > edge).sum()), threshold, int((values > threshold).sum()))
 
@@ -183,6 +184,14 @@ def _distance(values: npt.NDArray[np.float64], beta: float) -> npt.NDArray[np.fl
 
 
 @functools.lru_cache(maxsize=64)
-def _null_distances(r: int, d: int, draws: int, seed: int) -> npt.NDArray[np.float64]:
-    noise = torch.linalg.svdvals(triangular_factors(np.random.default_rng(seed), draws, d, r))
-    return _distance(noise.numpy(), r / d)
+def _noise(r: int, d: int, draws: int, seed: int) -> tuple[npt.NDArray[np.float64], float]:
+    """Distances of pure noise, and the 99 % quantile of its largest value over its median."""
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // r**2)
+    parts = [
+        torch.linalg.svdvals(triangular_factors(rng, min(chunk, draws - start), d, r))
+        for start in range(0, draws, chunk)
+    ]
+    noise = torch.cat(parts).numpy()
+    ratios = np.sort(noise[:, 0] / np.median(noise, axis=1))
+    return _distance(noise, r / d), float(ratios[min(draws - 1, math.ceil(0.99 * (draws + 1)) - 1)])

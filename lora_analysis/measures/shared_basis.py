@@ -83,7 +83,7 @@ def subspace_alignment_ratio(cores: Tensor, *, norm_share: float = 0.95) -> Tens
     """How much of each update lies in the leading output directions of their sum.
 
     ``‖U_k U_k.T ΔW_t‖_F / ‖ΔW_t‖_F``, U_k being the left singular vectors of ``Σ_t ΔW_t`` that hold ``norm_share`` of
-    its *norm* (0.95: 90.25 % of its energy), as the paper has it. Higher ones went with better merges there.
+    its *norm* (0.95, as the authors' code has it: 90.25 % of its energy). Higher ones went with better merges there.
 
     Parameters
     ----------
@@ -99,7 +99,8 @@ def subspace_alignment_ratio(cores: Tensor, *, norm_share: float = 0.95) -> Tens
 
     References
     ----------
-    Marczak et al. 2025, arXiv:2502.04959, eq. 4; the least k with that norm, where public code takes one fewer.
+    Marczak et al. 2025, arXiv:2502.04959, the subspace alignment ratio; here the least k with that
+    norm, where public code takes one fewer.
 
     Examples
     --------
@@ -110,7 +111,9 @@ def subspace_alignment_ratio(cores: Tensor, *, norm_share: float = 0.95) -> Tens
         raise ValueError(f"norm_share: expected in (0, 1], got {norm_share}.")
     cores = cores.double()
     U, S, _ = torch.linalg.svd(cores.sum(0), full_matrices=False)
-    if not len(S) or not S[0] > 0:
+    # A sum whose terms cancel is 0 up to their rounding.
+    rounding = 8 * torch.finfo(torch.float64).eps * float(torch.linalg.matrix_norm(cores).sum())
+    if not len(S) or not S[0] > rounding:
         return torch.full((len(cores),), math.nan, dtype=torch.float64)
     lengths = S.square().cumsum(0).sqrt()
     k = int((lengths < norm_share * lengths[-1] * (1 - 1e-12)).sum()) + 1
@@ -158,7 +161,7 @@ def interference_null(spectra: Sequence[Tensor], shape: tuple[int, int], *, draw
     >>> bool(wide.mean() < narrow.mean() < 8)
     True
     """
-    if len(spectra) < 2:
+    if sum(len(S) > 0 for S in spectra) < 2:
         return torch.zeros(draws, dtype=torch.float64)
     sizes = [len(S) for S in spectra]
     left, right = (frame_products(d, sizes, draws=draws, seed=seed + side) for side, d in enumerate(shape))

@@ -50,7 +50,8 @@ def shared_rows(A: Tensor, other: Tensor, *, trained: bool = False) -> float:
     Returns
     -------
     float
-        Dimensionless, in [0, 1]; NaN of trained factors that have one row each.
+        Dimensionless, in [0, 1]; NaN where a factor has no rows, or one column, and of trained factors that have one
+        row each.
 
     Raises
     ------
@@ -67,13 +68,13 @@ def shared_rows(A: Tensor, other: Tensor, *, trained: bool = False) -> float:
     if A.shape[1] != other.shape[1]:
         raise ValueError(f"expected factors of one width, got {tuple(A.shape)} and {tuple(other.shape)}.")
     few, many = sorted((A.detach().double(), other.detach().double()), key=len)
-    if trained and len(many) == 1:
+    if not len(few) or A.shape[1] < 2 or (trained and len(many) == 1):
         return math.nan
+    few, many = (rows.cpu() for rows in (few, many))
     few, many = (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300) for rows in (few, many))
     cosines = np.minimum((few @ many.mT).abs().numpy(), 1.0)
     best = cosines.max(axis=1)
-    # In one dimension any row is parallel to any other.
-    p = len(many) * special.betaincc(0.5, max(A.shape[1] - 1, 1) / 2, best**2)
+    p = len(many) * special.betaincc(0.5, (A.shape[1] - 1) / 2, best**2)
     return float(((p < _LEVEL) & (_stands_out(cosines) if trained else best >= _PARALLEL)).mean())
 
 

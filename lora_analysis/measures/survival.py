@@ -40,7 +40,9 @@ class MergeSurvival(NamedTuple):
         ``<change, ΔW> / ‖ΔW‖²``: 1 where the update arrives, 0 where nothing of it does. Rounding that is fair keeps
         it near 1 however noisy the change.
     error : float
-        ``‖change - ΔW‖_F / ‖ΔW‖_F``; about 1 / signal_to_noise.
+        ``‖change - ΔW‖_F / ‖ΔW‖_F``. Where W is in the dtype already it is near 1 / signal_to_noise while that is
+        small, and at most about 1: what is too small to change W is lost whole. Where W is more precise, its own
+        rounding is in it too.
     changed : float
         Share of the entries of W that differ after the merge, in [0, 1].
     """
@@ -65,7 +67,7 @@ def merge_survival(update: Update, weight: Tensor, *, dtype: torch.dtype = torch
     Returns
     -------
     MergeSurvival
-        NaN but for ``changed`` where ΔW is 0.
+        NaN but for ``changed`` where ΔW is 0; ``error`` is infinite where a merged weight is beyond the dtype.
 
     Raises
     ------
@@ -89,9 +91,11 @@ def merge_survival(update: Update, weight: Tensor, *, dtype: torch.dtype = torch
     product = square = base = changed = 0.0
     for start in range(0, len(weight), _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
-        W, delta = weight[rows].double(), rows_of(update, rows)
+        W = weight[rows].double()
+        delta = rows_of(update, rows).to(W.device)
         # float32 first, as merging libraries do: a float64 sum rounded once would differ in the last bit only.
-        change = (W.float() + delta.float()).to(dtype).double() - W.to(dtype).double()
+        total = W + delta if dtype == torch.float64 else (W.float() + delta.float()).to(dtype).double()
+        change = total - W.to(dtype).double()
         product += float((change * delta).sum())
         square += float((change - delta).square().sum())
         base += float(W.square().sum())
@@ -100,6 +104,8 @@ def merge_survival(update: Update, weight: Tensor, *, dtype: torch.dtype = torch
         raise BaseWeightsError("the base weight holds NaN or infinities, so nothing can be merged into it.")
     noise = rounding_error(dtype) * math.sqrt(base)
     share = changed / max(1, weight.numel())
+    if math.isnan(square) or math.isinf(square):
+        return MergeSurvival(norm / noise if noise else math.inf, math.nan, math.inf, share)
     if norm == 0:
         return MergeSurvival(math.nan, math.nan, math.nan, share)
     snr = norm / noise if noise else math.inf

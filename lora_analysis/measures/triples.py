@@ -34,7 +34,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.sparse.linalg import ArpackError, LinearOperator, svds
 from torch import Tensor
 
 from lora_analysis.errors import BaseWeightsError
@@ -43,8 +42,8 @@ from lora_analysis.update import Svd
 
 Array = npt.NDArray[Any]
 
-DENSE_SIDE = 1024
-"""Smaller side of W up to which all its singular vectors are computed unless asked otherwise (about 1 s there)."""
+DENSE_SIDE = 2048
+"""Smaller side of W up to which all its singular vectors are computed unless asked otherwise (about 5 s there)."""
 
 _CORE_SIDE = 192
 """Smaller side up to which LAPACK decomposes a diagonal plus a product faster than Lanczos does."""
@@ -90,7 +89,7 @@ def leading_triples(
     update : Svd, optional
         Of ΔW.
     complete : bool, optional
-        Whether to compute all triples by LAPACK, time by the cube of the smaller side. By default up to 1024 there,
+        Whether to compute all triples by LAPACK, time by the cube of the smaller side. By default up to 2048 there,
         and where k is more than a quarter of it.
     seed : int
         Of the solver's start vector.
@@ -203,6 +202,8 @@ def core_triples(sigma: Tensor, left: Tensor, S: Tensor, right: Tensor, k: int, 
 
 def _core_leading(sigma: Array, left: Array, right: Array, k: int, seed: int) -> Triples | None:
     """The top k of ``diag(sigma) + left @ right.T`` by Lanczos; None if it does not get there."""
+    from scipy.sparse.linalg import ArpackError, LinearOperator, svds  # a third of a second to import
+
     p, shape = len(sigma), (len(left), len(right))
 
     def product(X: Array, low: Array, high: Array) -> Array:
@@ -239,6 +240,8 @@ def _dense(matrix: Tensor, k: int) -> Triples:
 
 def _leading(weight: Tensor, k: int, update: Svd | None, dtype: torch.dtype, seed: int) -> Triples | None:
     """The top k by Lanczos with products in ``dtype``; None if it does not get there."""
+    from scipy.sparse.linalg import ArpackError, svds
+
     rng = np.random.default_rng(seed)
     wanted = k + _SPARE
     factors = None

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackError, svds
 from torch import Tensor
 
 from lora_analysis.errors import BaseWeightsError
@@ -294,6 +293,8 @@ def require_shape(weight: Tensor, svd: Svd) -> None:
 
 def _top_spectrum(tall: Tensor, k: int, norm: float, dtype: torch.dtype, seed: int) -> WeightSpectrum | None:
     """The top k of a tall W, products with it in ``dtype``; None if Lanczos does not get there."""
+    from scipy.sparse.linalg import ArpackError, svds  # a third of a second to import, and not needed by most
+
     rng = np.random.default_rng(seed)
     p = tall.shape[1]
     matrix = tall.detach().to("cpu", dtype).numpy()

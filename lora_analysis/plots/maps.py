@@ -106,7 +106,7 @@ def module_map(
     if chance is not None and low <= chance <= high:
         bar.ax.axhline(chance, color="white", linewidth=2.2)
         bar.ax.axhline(chance, color="black", linewidth=1)
-        bar.ax.text(1.25, chance, "chance", transform=bar.ax.get_yaxis_transform(), fontsize="x-small", va="center")
+        bar.ax.set_xlabel(f"line: chance,\n{chance:.3g}", fontsize="x-small")
     if q and plain_chance.any():
         ax.set_title("dot: consistent with chance", fontsize="small", color=CHANCE, loc="left")
     return ax

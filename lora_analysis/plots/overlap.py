@@ -66,8 +66,7 @@ def spectrum_overlap(table: pd.DataFrame, *, side: str = "out", k: int | None = 
         seen.add(kind)
         ax.plot(mine["part"], mine["overlap"] / mine["null_mean"], color=colour, linewidth=0.8, alpha=0.7, label=label)
     ax.set_xticks(parts if len(parts) <= 12 else np.linspace(parts[0], parts[-1], 6).round())
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel(f"part of $W$'s spectrum, of {len(parts)}, the largest $\\sigma$ first")
+    ax.set_xlabel(f"{len(parts)} parts of $W$'s spectrum, large $\\sigma$ first")
     ax.set_ylabel(f"overlap over chance, $k$ = {k}")
     legend_above(ax)
     return ax

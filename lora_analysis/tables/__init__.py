@@ -33,7 +33,11 @@ by spaces that say why a value is missing or weak:
 ``no-chance``
     No product of two factors, whose spectrum by chance is not known.
 ``start-unknown``
-    A is like no known initialisation: its variance is taken from the bulk of its singular values.
+    The bulk of A is like no known initialisation: another start, or most directions learned.
+``start-rescaled``
+    The bulk of A is a little off the start it is most like: directions are counted without its variance.
+``leading-only``
+    No r bounds the rank of this update: compared are its first max(r, 64) directions, and they are not all of it.
 ``same-start``
     Two adapters began with the same rows of A: what they share on the input side is no sign of learning.
 ``inputs-unseen``

@@ -10,9 +10,6 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
-from scipy.cluster import hierarchy
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from lora_analysis.adapter import Adapter
@@ -82,6 +79,8 @@ def atlas(
     >>> la.atlas(shelf).cosine.round(12).tolist()
     [[1.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
+    from scipy.sparse.csgraph import connected_components  # a third of a second to import, and not needed by most
+
     if not adapters or sampled < 1 or draws < 0:
         raise ValueError(
             f"expected at least one adapter, sampled of 1 and draws of 0, got {len(adapters)}, {sampled} and {draws}."
@@ -241,6 +240,9 @@ def _mean_growth(rows: Sequence[dict[str, float | str]]) -> pd.DataFrame:
 
 
 def _linkage(cosine: Matrix) -> Matrix:
+    from scipy.cluster import hierarchy
+    from scipy.spatial.distance import squareform
+
     if len(cosine) < 2:
         return np.empty((0, 4))
     distance = np.clip(1 - np.nan_to_num(cosine), 0, 2)

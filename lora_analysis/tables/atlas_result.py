@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.cluster import hierarchy
+
+from lora_analysis.notebook import html_table
 
 Matrix = npt.NDArray[np.float64]
 
@@ -16,7 +17,7 @@ OUTLYING = 3.5
 """Robust standard scores from which an adapter counts as an outlier (Iglewicz and Hoaglin 1993)."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Atlas:
     """What many adapters have in common.
 
@@ -50,14 +51,30 @@ class Atlas:
     growth: pd.DataFrame
     mean_share: float
 
+    def __repr__(self) -> str:
+        return f"Atlas({len(self.sources)} adapters, {len(set(self.start.tolist()))} starts)"
+
+    def _repr_html_(self) -> str:
+        table = self.adapters().iloc[self.order()]
+        rows = [
+            (row.adapter, f"{row.norm:.3g}", f"{row.mean_cosine:.2f}", row.start, "outlier" if row.outlier else "")
+            for row in table.itertuples()
+        ]
+        caption = f"Atlas of {len(self.sources)} adapters, likest side by side"
+        return html_table(caption, ["adapter", "‖ΔW‖", "mean cos", "start", ""], rows)
+
     def order(self) -> list[int]:
         """The adapters' numbers as the dendrogram orders its leaves, likest side by side."""
+        from scipy.cluster import hierarchy
+
         if len(self.sources) < 2:
             return list(range(len(self.sources)))
         return [int(number) for number in hierarchy.leaves_list(self.linkage)]
 
     def clusters(self, cosine: float) -> npt.NDArray[np.int64]:
         """Numbers of clusters whose members are on average at least so like each other."""
+        from scipy.cluster import hierarchy
+
         if len(self.sources) < 2:
             return np.ones(len(self.sources), dtype=np.int64)
         found = hierarchy.fcluster(self.linkage, 1 - cosine, criterion="distance")
@@ -103,11 +120,17 @@ class Atlas:
 
 
 def _robust_scores(values: Matrix) -> Matrix:
-    """``0.6745 (x - median) / MAD``; 0 where there is no spread."""
+    """``0.6745 (x - median) / MAD``, and where most are alike ``(x - median) / (1.2533 mean deviation)``; 0 if all are.
+
+    Iglewicz and Hoaglin 1993.
+    """
     known = values[np.isfinite(values)]
-    middle = np.median(known) if len(known) else np.nan
-    spread = np.median(np.abs(known - middle)) if len(known) else np.nan
+    if not len(known):
+        return np.zeros(len(values))
+    middle = np.median(known)
+    deviations = np.abs(known - middle)
+    spread = np.median(deviations) / 0.6745 or 1.2533 * deviations.mean()
     if not spread > 0:
         return np.zeros(len(values))
-    scores: Matrix = 0.6745 * (values - middle) / spread
+    scores: Matrix = (values - middle) / spread
     return scores

@@ -13,6 +13,9 @@ from lora_analysis.measures.spectrum import numerical_rank
 from lora_analysis.tables.frames import module_flags
 from lora_analysis.update import KroneckerUpdate, LowRankUpdate, Svd, Update, with_scale
 
+WHOLE = 1e-10
+"""Share of the energy that counts as rounding."""
+
 MOST = 64
 """Leading directions of updates whose rank no r bounds, unless r itself is larger."""
 
@@ -58,7 +61,7 @@ def usable_svd(
     scale_bound : bool
         Whether what is asked depends on the scale, so that there is no answer where it is unknown.
     leading_only : bool
-        Keep at most those that ``leading`` counts.
+        Keep at most those that ``leading`` counts; where these are not all, the flag says so.
     """
     flags = module_flags(module)
     unknown = module.scale_source == "unknown"
@@ -72,7 +75,19 @@ def usable_svd(
     except UndefinedUpdateError:
         return None, [*flags, "nonfinite"]
     rank = numerical_rank(svd.S, module.shape)
-    return svd.top(rank), flags + ["zero"] * (rank == 0)
+    top = svd.top(rank)
+    flags += ["zero"] * (rank == 0)
+    if leading_only and rank and energy_left(update, top) > WHOLE:
+        flags.append("leading-only")
+    return Svd(top.U.cpu(), top.S.cpu(), top.Vh.cpu()), flags
+
+
+def energy_left(update: Update, svd: Svd) -> float:
+    """The share of an update's energy that some of its triples leave out, in [0, 1]."""
+    if isinstance(update, LowRankUpdate) and len(svd.S) == min(update.r, *update.shape):
+        return 0.0
+    whole = update.norm() ** 2
+    return max(0.0, 1 - float(svd.S.square().sum()) / whole) if whole > 0 else 0.0
 
 
 def _columns(update: Update) -> int:

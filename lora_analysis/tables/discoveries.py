@@ -15,6 +15,7 @@ Benjamini and Hochberg 1995, *Controlling the false discovery rate*, J. R. Stati
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -72,7 +73,7 @@ def findings(q: pd.Series[float], what: str) -> str:
     return f"{what}: beyond chance in {found} of {len(known)}{others} (false discovery rate {RATE:.0%})."
 
 
-def _adjusted(p: pd.Series[float], family: Sequence[pd.Series[object]]) -> pd.Series[float]:
+def _adjusted(p: pd.Series[float], family: Sequence[pd.Series[Any]]) -> pd.Series[float]:
     keys = [*family] or [pd.Series(0, index=p.index)]
     groups = p.groupby(keys, dropna=False)
     # Of equal p the last rank counts, so that all of them have the least of their values.

@@ -86,16 +86,16 @@ def interference_table(
     Returns
     -------
     DataFrame
-        One row per module; of several pairs the mean. ``cosine`` of the updates, by chance 0 with standard deviation
-        ``cosine_null_sd`` (take five of them for a finding). ``sti`` is singular task interference in the unit of the
-        weights, ``sti_relative`` over ``sigma_sum``, the sum of all singular values; ``sti_null`` is its mean for
-        updates of the same spectra turned at random, ``sti_p`` its upper tail and ``sti_q`` the same
-        adjusted for the number of modules (``tables.discoveries``). ``alignment_ratio`` is the mean share of
-        an update in the leading directions of the sum, ``sign_conflict`` that of entries on which updates disagree.
-        ``union_rank`` counts the output directions that all span together, ``union_rank_in`` the input ones, beside
-        ``rank_sum``, which they have where nothing is shared. ``averaging_error`` is how far averaging factors is
-        from averaging updates. ``cross_activation`` is ``‖ΔW_b X‖ / ‖ΔW_a X‖``, a being the first adapter and X inputs
-        of its task, the mean over the others: what they add where only the first should. All but ``sti``,
+        One row per module; of several pairs the mean, over updates that are not zero. ``cosine`` of the updates, by
+        chance 0 with standard deviation ``cosine_null_sd`` (take five of them for a finding). ``sti`` is singular task
+        interference in the unit of the weights, ``sti_relative`` over ``sigma_sum``, the sum of all singular values;
+        ``sti_null`` is its mean for updates of the same spectra turned at random, ``sti_p`` its upper tail and
+        ``sti_q`` the same adjusted for the number of modules (``tables.discoveries``). ``alignment_ratio`` is the mean
+        share of an update in the leading directions of the sum, ``sign_conflict`` that of entries on which updates
+        disagree. ``union_rank`` counts the output directions that all span together, ``union_rank_in`` the input ones,
+        beside ``rank_sum``, which they have where nothing is shared. ``averaging_error`` is how far averaging factors
+        is from averaging updates. ``cross_activation`` is ``‖ΔW_b X‖ / ‖ΔW_a X‖``, a being the first adapter and X
+        inputs of its task, the mean over the others: what they add where only the first should. All but ``sti``,
         ``sti_null`` and ``sigma_sum`` are dimensionless.
 
         None of these has been shown to decide whether a merge works: compare merges by them.
@@ -171,11 +171,15 @@ def _row(
         return row | {"flags": " ".join(flags)}
     updates = [adapters[number][name] for number in numbers]
     cosines = [update_cosine(a, b) for a, b in itertools.combinations(updates, 2)]
-    row |= {"cosine": _mean(cosines), "cosine_min": min(cosines), "cosine_max": max(cosines)}
+    known = [cosine for cosine in cosines if not math.isnan(cosine)]  # that with a zero update is undefined
+    if known:
+        row |= {"cosine": _mean(known), "cosine_min": min(known), "cosine_max": max(known)}
     out, into = union_rank(svds)
     row |= {"union_rank": out, "union_rank_in": into, "rank_sum": sum(len(svd.S) for svd in svds)}
     row |= _interference(svds, shape, draws, seed)
-    row["alignment_ratio"] = _mean(subspace_alignment_ratio(shared_basis(svds).cores).tolist())
+    acting = [svd for svd in svds if len(svd.S)]
+    if len(acting) > 1:
+        row["alignment_ratio"] = _mean(subspace_alignment_ratio(shared_basis(acting).cores).tolist())
     if signs:
         row["sign_conflict"] = sign_conflict(updates)
     if all(isinstance(update, LowRankUpdate) for update in updates):
@@ -187,11 +191,11 @@ def _row(
 
 def _interference(svds: Sequence[Svd], shape: tuple[int, int], draws: int, seed: int) -> dict[str, float]:
     total = sum(float(svd.S.sum()) for svd in svds)
-    if total == 0:
+    if sum(len(svd.S) > 0 for svd in svds) < 2:  # one alone has nothing to interfere with
         return {}
     sti = singular_task_interference(svds)
     null = interference_null([svd.S for svd in svds], shape, draws=draws, seed=seed)
-    p = (1 + int((null >= sti).sum())) / (draws + 1)
+    p = (1 + int((null >= sti - 1e-12 * total).sum())) / (draws + 1)
     return {"sti": sti, "sigma_sum": total, "sti_relative": sti / total, "sti_null": float(null.mean()), "sti_p": p}
 
 

@@ -64,9 +64,9 @@ def intruder_table(
         A direction is an intruder where its cosine with every singular vector of W is below this.
     complete : bool, optional
         Whether to compute all singular vectors of W, which decides every direction but takes time by the cube of its
-        smaller side: about 1 s at 1024, a minute at 4096. By default up to 1024; else the top ones and, for what they
-        do not decide, a certificate by Lanczos, which leaves some directions undecided: those close to a threshold, and
-        old ones from the middle of W's spectrum.
+        smaller side: about 1 s at 1024, 5 s at 2048, a minute at 4096. By default up to 2048; else the top ones and,
+        for what they do not decide, a certificate by Lanczos, which leaves some directions undecided: those close to a
+        threshold, and old ones from the middle of W's spectrum.
     draws, seed : int
         Of the control; 0 leaves it out.
     workers : int, optional

@@ -14,7 +14,7 @@ Pairs = Literal["same", "all"] | Sequence[tuple[str, str]] | None
 """A rule by its name, the pairs of names, or None for the rule that is usual for one adapter or two."""
 
 
-def module_pairs(a: Adapter, b: Adapter | None, pairs: Pairs) -> list[tuple[str, str]]:
+def module_pairs(a: Adapter, b: Adapter | None, pairs: str | Sequence[tuple[str, str]] | None) -> list[tuple[str, str]]:
     """The pairs of modules that are compared, by name.
 
     Parameters

@@ -66,10 +66,10 @@ def reproducible_table(
     DataFrame
         One row per pair of adapters, module they both have, and side. ``m`` and ``n`` are the directions compared (the
         numerical ranks, of unbounded ones at most ``max(r, 64)``), ``reproduced`` counts the principal cosines above
-        ``chance_edge``, the 99 % quantile of the largest by chance; ``p`` is that of the largest, and ``q``
-        adjusted for the number of modules (``tables.discoveries``). ``rows_shared`` is
-        the share of A's rows that the two began with in common, as far as their trained A's tell: from a tenth on the
-        row is flagged ``same-start``, and similarity on the side ``in`` is no sign of learning. Dimensionless.
+        ``chance_edge``, the 99 % quantile of the largest by chance; ``p`` is that of the largest, and ``q`` adjusted
+        for the number of modules (``tables.discoveries``). ``rows_shared`` is the share of A's rows that the two began
+        with in common, as far as their trained A's tell: where, over all modules, that is a tenth, rows are flagged
+        ``same-start``, and similarity on the side ``in`` is no sign of learning. Dimensionless.
 
     Raises
     ------
@@ -112,12 +112,22 @@ def reproducible_table(
         description="Singular vectors",
     )
     known = dict(zip(places, found, strict=True))
+    pairs = list(itertools.combinations(range(len(adapters)), 2))
+    shares: dict[tuple[int, int, str], float] = {}
+    alike: dict[tuple[int, int, str], bool] = {}
+    for a, b in pairs:
+        both = [(adapters[a].modules[name], adapters[b].modules[name]) for name in names]
+        found_shares = [rows_shared(*modules) for modules in both]
+        began = same_start(found_shares, [min(module.r for module in modules) for modules in both])
+        shares |= {(a, b, name): share for name, share in zip(names, found_shares, strict=True)}
+        alike |= {(a, b, name): word for name, word in zip(names, began, strict=True)}
     nulls: dict[tuple[int, int, int], Tensor] = {}
     rows = []
-    for (a, b), name in itertools.product(itertools.combinations(range(len(adapters)), 2), names):
+    for (a, b), name in itertools.product(pairs, names):
         words = itertools.chain(known[a, name][1], known[b, name][1])
-        share = rows_shared(adapters[a].modules[name], adapters[b].modules[name])
-        flags = [word for word in dict.fromkeys(words) if word != "unknown-scale"] + same_start(share)
+        share = shares[a, b, name]
+        flags = [word for word in dict.fromkeys(words) if word != "unknown-scale"]
+        flags += ["same-start"] * alike[a, b, name]
         for side in ("in", "out"):
             row: dict[str, Any] = dict.fromkeys(COLUMNS, math.nan) | {
                 "adapter_a": adapters[a].source,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -16,15 +17,16 @@ from lora_analysis.measures.interference import update_cosine, update_cosine_nul
 from lora_analysis.measures.null import SimilarityNull, similarity_null
 from lora_analysis.measures.spectrum import energy_rank
 from lora_analysis.measures.subspace import corrected_similarity, grassmann_distance, subspace_similarity
-from lora_analysis.tables.directions import usable_svd
+from lora_analysis.tables.directions import energy_left, usable_svd
 from lora_analysis.tables.discoveries import with_discoveries
 from lora_analysis.tables.frames import frame
 from lora_analysis.tables.pairs import Pairs, module_pairs
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.tables.starts import rows_shared, same_start
-from lora_analysis.update import Svd, with_scale
+from lora_analysis.update import Svd, Update, with_scale
 
 SIDES = ("in", "out")
+_ENERGY = 0.9
 _BY_SIDE = (
     *("m", "n", "phi", "phi_corrected", "phi_p", "phi_q"),
     *("k90_a", "k90_b", "chordal", "chordal_chance", "geodesic"),
@@ -79,14 +81,14 @@ def sameness_table(
     -------
     DataFrame
         One row per pair of modules. ``rows_shared`` is the share of A's rows that both began with, as far as trained
-        A's tell; from a tenth on the row is flagged ``same-start``: likeness on the side ``in`` is then no sign of
-        learning. ``cosine`` is that of the updates as vectors, ``cosine_p`` two-sided against updates of the same
-        spectra turned at random; ``norm_ratio`` is the smaller norm over the larger. On either side: ``phi`` of all m
-        and n directions (1 where one subspace holds the other), ``phi_corrected`` (0 by chance), ``phi_p``; each p has
-        a q, adjusted for the number of pairs (``tables.discoveries``); and between the directions that hold 90 % of the
-        energy, ``k90_a`` and ``k90_b`` of them, ``chordal`` with its root mean square by chance, and ``geodesic``
-        (radians). ``agreement`` is linear CKA of what two updates of one module add to its output on the same inputs.
-        Where a scale is unknown ``norm_ratio`` is NaN and all else holds.
+        A's tell; where, over all modules, that is a tenth, rows are flagged ``same-start``: likeness on the side ``in``
+        is then no sign of learning. ``cosine`` is that of the updates as vectors, ``cosine_p`` two-sided against
+        updates of the same spectra turned at random; ``norm_ratio`` is the smaller norm over the larger. On either
+        side: ``phi`` of all m and n directions (1 where one subspace holds the other), ``phi_corrected`` (0 by chance),
+        ``phi_p``; each p has a q, adjusted for the number of pairs (``tables.discoveries``); and between the directions
+        that hold 90 % of the energy, ``k90_a`` and ``k90_b`` of them, ``chordal`` with its root mean square by chance,
+        and ``geodesic`` (radians). ``agreement`` is linear CKA of what two updates of one module add to its output on
+        the same inputs. Where a scale is unknown ``norm_ratio`` is NaN and all else holds.
 
     Raises
     ------
@@ -119,8 +121,11 @@ def sameness_table(
         progress=progress,
         description="Sameness",
     )
+    shares, few = [row["rows_shared"] for row in rows], [row["_rows"] for row in rows]
+    alike = same_start(shares, few, two_adapters=b is not None)
     nulls: dict[tuple[int, int, int], SimilarityNull] = {}
-    for row in rows:
+    for row, began_alike in zip(rows, alike, strict=True):
+        row["flags"] = " ".join([*row["flags"].split(), *["same-start"] * began_alike])
         for side in SIDES:
             _add_chance(row, side, nulls, draws, seed)
     families: dict[str, list[str]] = {"cosine_p": [], "phi_p_in": [], "phi_p_out": []}
@@ -145,7 +150,7 @@ def _row(
         "_d": shape,
     }
     row["rows_shared"] = rows_shared(*modules)
-    flags += same_start(row["rows_shared"])
+    row["_rows"] = min(module.r for module in modules)
     tops = [svd for svd, _ in found if svd is not None and len(svd.S)]
     if len(tops) < 2:
         return row | {"flags": " ".join(flags)}
@@ -159,25 +164,27 @@ def _row(
         norms = sorted(update.norm() for update in updates)
         row["norm_ratio"] = norms[0] / norms[1]
     for side in SIDES:
-        row |= {f"{field}_{side}": value for field, value in _subspaces(tops[0], tops[1], side).items()}
+        row |= {f"{field}_{side}": value for field, value in _subspaces(tops, updates, side).items()}
     if activations is not None and pair[0] == pair[1]:
         places = [(number, pair[0]) in activations.moments for number in (0, 1)]
         row["agreement"] = activations.agreement(0, 1, pair[0]) if all(places) else math.nan
     return row | {"flags": " ".join(flags)}
 
 
-def _subspaces(a: Svd, b: Svd, side: str) -> dict[str, Any]:
-    first, second = ((svd.V if side == "in" else svd.U) for svd in (a, b))
-    k_a, k_b = energy_rank(a.S, 0.9), energy_rank(b.S, 0.9)
-    held = first[:, :k_a], second[:, :k_b]
-    return {
-        "m": len(a.S),
-        "n": len(b.S),
-        "phi": float(subspace_similarity(first, second)[-1, -1]),
+def _subspaces(svds: Sequence[Svd], updates: Sequence[Update], side: str) -> dict[str, Any]:
+    first, second = ((svd.V if side == "in" else svd.U) for svd in svds)
+    found = {"m": len(svds[0].S), "n": len(svds[1].S), "phi": float(subspace_similarity(first, second)[-1, -1])}
+    held = [1 - energy_left(update, svd) for update, svd in zip(updates, svds, strict=True)]
+    if min(held) < _ENERGY:
+        return found
+    # Of the whole energy, of which the triples at hand may be a part.
+    k_a, k_b = (energy_rank(svd.S, min(1.0, _ENERGY / share)) for svd, share in zip(svds, held, strict=True))
+    most = first[:, :k_a], second[:, :k_b]
+    return found | {
         "k90_a": k_a,
         "k90_b": k_b,
-        "chordal": grassmann_distance(*held),
-        "geodesic": grassmann_distance(*held, kind="geodesic"),
+        "chordal": grassmann_distance(*most),
+        "geodesic": grassmann_distance(*most, kind="geodesic"),
     }
 
 
@@ -194,5 +201,7 @@ def _add_chance(
     row[f"phi_corrected_{side}"] = float(corrected_similarity(phi, mean))
     row[f"phi_p_{side}"] = float(null.p(phi, cells=[(m, n)]))
     k_a, k_b = row[f"k90_a_{side}"], row[f"k90_b_{side}"]
+    if k_a is pd.NA:
+        return
     # E of the squared chordal distance: p - ij/d principal angles, and 1 for each dimension that is missing.
     row[f"chordal_chance_{side}"] = math.sqrt(max(k_a, k_b) - k_a * k_b / d)

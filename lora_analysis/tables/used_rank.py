@@ -20,7 +20,7 @@ from lora_analysis.tables.discoveries import with_discoveries
 from lora_analysis.tables.frames import as_adapters, frame, module_flags
 from lora_analysis.tables.pool import over_modules
 from lora_analysis.tables.spectrum import singular_values_and_floors
-from lora_analysis.update import LowRankUpdate, Update, with_scale
+from lora_analysis.update import LowRankUpdate, with_scale
 
 MEASURES: dict[str, Callable[[Tensor], float]] = {
     "stable_rank": spectrum.stable_rank,
@@ -40,8 +40,10 @@ LOW, HIGH = 0.01, 0.99
 _WIDE = 2**14
 """d_in beyond which normal entries stand for uniform ones, whose singular values vary a little less."""
 
+_CONSISTENT = 0.01
+"""p of the bulk of A from which its variance is taken to be that of a start."""
 _LIKE = 1.5
-"""Most that the bulk of A may be off a start, as a factor, and still be taken for it."""
+"""Most that the bulk of A may be off a start, as a factor, and still be taken to come from it."""
 
 COLUMNS = (
     "adapter",
@@ -55,6 +57,7 @@ COLUMNS = (
     "truncation_errors",
     "start",
     "bulk",
+    "bulk_p",
     "learned_directions",
     "learned_p",
     "learned_q",
@@ -104,10 +107,12 @@ def used_rank_table(
         values of at least three storage-noise floors.
 
         ``start`` says which random start A's bulk is like, ``uniform`` (PEFT's default, loralib) or ``normal`` of
-        variance 1/r² (PEFT's ``gaussian``, diffusers'); ``bulk`` is its median singular value over that of the start.
-        ``learned_directions`` counts those that the start cannot account for, with ``learned_p`` for the largest,
-        and ``learned_q`` adjusted for the number of modules.
-        Where A is like neither start, the variance is taken from the bulk, and the flag ``start-unknown`` is set.
+        variance 1/r² (PEFT's ``gaussian``, diffusers'); ``bulk`` is a singular value three quarters down its spectrum
+        over that of the start, ``bulk_p`` its p. ``learned_directions`` counts those that the start cannot account for,
+        with ``learned_p`` for the largest, and ``learned_q`` adjusted for the number of modules. Where the bulk is off
+        by a little (``bulk_p`` below 0.01), the count does without the variance, flagged ``start-rescaled``; where it
+        is off by more than half, or r is 1, there is no count, flagged ``start-unknown``: another start, or most
+        directions learned.
 
         ``plateau_p`` is that of a plateau of noise at the end of the spectrum; where it is not rejected,
         ``above_noise`` counts the singular values above its edge, and ``above_threshold`` those above Gavish and
@@ -192,16 +197,17 @@ def _row(
     left = S.square().flip(0).cumsum(0).flip(0).sqrt()
     row["truncation_errors"] = [*(left[1:] / left[0]).tolist(), 0.0]
     by_chance = chance[*module.shape, module.r]
-    if not isinstance(update, LowRankUpdate):
+    # LoHa's factors are products themselves, of r² columns; what began with a product has two of them.
+    if not isinstance(update, LowRankUpdate) or update.r != module.r or "less-initial" in flags:
         return row | {"flags": " ".join([*flags, "no-chance"])}
     for measure, (low, high) in by_chance.quantiles.items():
         row |= {f"{measure}_low": low, f"{measure}_high": high}
     if module.r <= module.shape[0]:
         row |= _plateau(noise_plateau(S, module.shape[0], draws=draws, seed=seed))
     if not module.embedding:  # whose A begins at zero
-        found = _learned(update, by_chance.starts)
+        found, word = _learned(update, by_chance.starts)
         row |= found
-        flags += ["start-unknown"] * (found["start"] == "unknown")
+        flags += [word] if word else []
     return row | {"flags": " ".join(flags)}
 
 
@@ -210,9 +216,8 @@ def _plateau(found: NoisePlateau) -> dict[str, Any]:
     return {"plateau_p": found.p} | {name: pd.NA if value is None else value for name, value in counts.items()}
 
 
-def _learned(update: Update, starts: dict[str, Tensor]) -> dict[str, Any]:
-    """The count against the start that A's bulk is most like, or against one of the bulk's own variance."""
-    assert isinstance(update, LowRankUpdate)
+def _learned(update: LowRankUpdate, starts: dict[str, Tensor]) -> tuple[dict[str, Any], str]:
+    """The count against the start that A's bulk is like, or without a variance where it is a little off; and a flag."""
     sds = {"uniform": kaiming_sd(update.shape[1]), "normal": 1 / update.r}
     found: dict[str, LearnedDirections] = {
         start: learned_directions(update.down, null, sd=sds[start]) for start, null in starts.items()
@@ -222,11 +227,10 @@ def _learned(update: Update, starts: dict[str, Tensor]) -> dict[str, Any]:
         return abs(math.log(found[start].bulk)) if found[start].bulk > 0 else math.inf
 
     nearest = min(found, key=unlikeness)
-    like = unlikeness(nearest) <= math.log(_LIKE)
     of = found[nearest]
-    return {
-        "start": nearest if like else "unknown",
-        "bulk": of.bulk if like else math.nan,
-        "learned_directions": of.learned if like else of.learned_rescaled,
-        "learned_p": of.p if like else math.nan,
-    }
+    row = {"start": nearest, "bulk": of.bulk, "bulk_p": of.bulk_p}
+    if of.bulk_p >= _CONSISTENT:
+        return row | {"learned_directions": of.learned, "learned_p": of.p}, ""
+    if update.r > 1 and unlikeness(nearest) <= math.log(_LIKE):
+        return row | {"learned_directions": of.learned_rescaled, "learned_p": of.p_rescaled}, "start-rescaled"
+    return {"start": "unknown"}, "start-unknown"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import typer
+from command_line import run
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from lora_analysis.cli.study_options import chosen_plan
@@ -20,8 +20,7 @@ from lora_analysis.study.tuning import tuned_plan
 
 
 def ablate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lora_analysis", "ablate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run("ablate", *arguments)
 
 
 def test_the_plan_is_listed_without_running_anything(tmp_path: Path) -> None:
@@ -77,6 +76,8 @@ def test_what_is_printed_is_the_claims(quick_study: Path) -> None:
     assert "0 left" in again.stderr
     assert again.stdout == (quick_study / "claims.txt").read_text("utf-8")
     assert max(map(len, again.stdout.splitlines())) <= 80
+    claims = json.loads(ablate(str(quick_study), "--setting", "decoder", "--quick", "--json").stdout)["claims"]
+    assert claims == json.loads((quick_study / "claims.json").read_text("utf-8"))["claims"]
 
 
 def test_any_transformers_encoder_and_any_labelled_texts(tmp_path: Path) -> None:

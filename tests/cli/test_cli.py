@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own, its output read as text."""
+"""The command line as a user meets it, its output read as text."""
 
 import json
 import math
@@ -14,13 +14,15 @@ from unittest import mock
 import pandas as pd
 import pytest
 import torch
+from command_line import run
 from safetensors.torch import save_file
 
 import lora_analysis as la
 from lora_analysis import cli
 
 
-def run(*arguments, **environment):
+def run_alone(*arguments, **environment):
+    """In a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "lora_analysis", *map(str, arguments)],
         capture_output=True,
@@ -312,7 +314,7 @@ def test_the_demo_does_not_start_where_a_file_is(tmp_path):
 
 def test_the_demo_does_not_start_without_its_packages(tmp_path):
     (tmp_path / "transformers.py").write_text("raise ImportError('no transformers')")
-    found = run("demo", "--out", tmp_path / "out", PYTHONPATH=str(tmp_path))
+    found = run_alone("demo", "--out", tmp_path / "out", PYTHONPATH=str(tmp_path))
     assert (found.returncode, found.stdout) == (1, "")
     assert found.stderr.startswith("lora-analysis: all-MiniLM-L6-v2: expected transformers")
     assert found.stderr.count("\n") == 1

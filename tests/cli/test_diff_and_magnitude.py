@@ -1,27 +1,15 @@
-"""``lora-analysis diff`` and ``magnitude`` in processes of their own, on files."""
+"""``lora-analysis diff`` and ``magnitude`` on files."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from command_line import run
 from safetensors.torch import load_file, save_file
 
 import lora_analysis as la
-
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "lora_analysis", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"COLUMNS": "80"},
-    )
 
 
 def normal(*shape, seed=0):

@@ -1,26 +1,14 @@
-"""``lora-analysis intruders`` and ``overlap`` in processes of their own, on files."""
+"""``lora-analysis intruders`` and ``overlap`` on files."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
 import torch
+from command_line import run
 from safetensors.torch import save_file
 
 import lora_analysis as la
-
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "lora_analysis", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"COLUMNS": "80"},
-    )
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import run as here
 
 import lora_analysis as la
 from lora_analysis.training import read_dynamics
@@ -38,17 +39,18 @@ def test_one_process_and_two_give_the_same_adapter(tmp_path: Path, small_decoder
     assert len((one / "log.jsonl").read_text().splitlines()) == 8
     assert {row["step"] for row in read_dynamics(one / "dynamics.jsonl")} == set(range(9))
     # Called again, a finished run trains nothing and says the same.
-    assert run("lora_analysis", "train", str(one), *OPTIONS).stdout == single.stdout
+    assert here("train", one, *OPTIONS).stdout == single.stdout
+    assert json.loads(here("train", one, *OPTIONS, "--json").stdout) == records[0]
     # A run of other settings is not what is there: of these the state itself knows nothing.
     for other in (["--seed", "1"], ["--alpha", "60"], ["--init", "gaussian"]):
-        refused = run("lora_analysis", "train", str(one), *OPTIONS, *other)
+        refused = here("train", one, *OPTIONS, *other)
         assert refused.returncode == 1
         assert "that this run was begun with" in " ".join(refused.stderr.split())
     assert json.loads((one / "run.json").read_text()) == records[0]
 
 
 def test_wrong_usage_is_told_in_a_line(tmp_path: Path) -> None:
-    done = run("lora_analysis", "train", str(tmp_path / "x"), "--init", "zeros")
+    done = here("train", tmp_path / "x", "--init", "zeros")
     assert done.returncode == 2
     assert "expected one of kaiming, gaussian, orthogonal, pissa, got 'zeros'" in " ".join(done.stderr.split())
 
@@ -58,10 +60,10 @@ def test_a_file_of_the_users_is_what_is_trained_on(tmp_path: Path) -> None:
     rows = [f"please {verb} the {noun},{verb}" for verb in ("open", "close") for noun in "abcdefghijklmnopqrst"]
     texts.write_text("\n".join(["text,label", *rows]) + "\n")
     out = tmp_path / "one"
-    done = run("lora_analysis", "train", str(out), "--task", str(texts), "--quick", "--steps", "2", "--r", "2")
+    done = here("train", str(out), "--task", str(texts), "--quick", "--steps", "2", "--r", "2")
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((out / "run.json").read_text())["run"]["task"] == "intents"
     assert done.stdout.startswith("intents-q-v-r2")
-    twice = run("lora_analysis", "train", str(out), "--task", str(texts), "--task", str(texts))
+    twice = here("train", str(out), "--task", str(texts), "--task", str(texts))
     assert twice.returncode == 2
     assert "expected one file" in " ".join(twice.stderr.split())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from command_line import run as run_command
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -361,9 +361,7 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lora_analysis", "lint", *arguments], capture_output=True, text=True, check=False
-    )
+    return run_command("lint", *arguments)
 
 
 def test_exit_codes_say_clean_error_findings_undecided(tmp_path: Path) -> None:

@@ -179,6 +179,18 @@ def test_a_random_update_is_one_of_its_controls(shape):
     assert abs(mean - 4.5) < 4 * 2.87 / math.sqrt(len(ranks))
 
 
+def test_controls_add_to_leading_pairs_of_w_no_oftener_than_they_take_from_them():
+    # W = diag(2, 0, …): ΔW along its pair makes σ_1 larger or smaller as u_1 v_1 is positive or negative.
+    weight = torch.zeros(8, 8, dtype=torch.float64)
+    weight[0, 0] = 2.0
+    base = leading_triples(weight, 8, complete=True)
+    S = torch.tensor([0.1], dtype=torch.float64)
+    draws = random_directions(base, 2.0, (8, 8), S, 1, draws=400)
+    larger = sum(float(draw.S[0]) > 2.0 for draw in draws)
+    # Second order adds a little either way; a fair coin is within 200 ± 40.
+    assert 160 < larger < 260
+
+
 def test_the_control_from_the_top_of_w_agrees_with_that_from_all_of_it():
     weight, change = case(300, 280, 4, strength=1.1, decay=0.5, seed=7)
     norm, S = float(weight.norm()), change.svd().S

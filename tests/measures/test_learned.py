@@ -40,6 +40,28 @@ def test_p_is_uniform_on_starts(law: Law, r: int, d_in: int) -> None:
     assert np.mean([one.bulk for one in found]) == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize("scale", [0.7, 1.1, 1.4])
+def test_the_count_by_ratios_holds_for_a_start_of_any_variance(scale: float) -> None:
+    null = initial_spectrum_null(16, 512, draws=999, seed=2)
+    found = [learned_directions(scale * start(16, 512, seed), null) for seed in range(300)]
+    assert stats.kstest([one.p_rescaled for one in found], "uniform").pvalue > 1e-3
+    assert np.mean([one.learned_rescaled > 0 for one in found]) < 0.01 + 4 * (0.01 / 300) ** 0.5
+    # The variance is off, which bulk tells; the count that takes it as known would find many, or none.
+    assert np.mean([one.bulk for one in found]) == pytest.approx(scale, rel=0.02)
+    assert max(one.bulk_p for one in found) < 0.01
+
+
+def test_up_to_three_quarters_of_the_directions_may_be_learned() -> None:
+    null = initial_spectrum_null(16, 512, draws=999, seed=2)
+    basis = torch.linalg.qr(torch.randn(512, 16, generator=torch.Generator().manual_seed(1))).Q.mT
+    for learned in (1, 6, 12):
+        strength = torch.zeros(16)
+        strength[:learned] = 2.0
+        found = learned_directions(start(16, 512, 3) + strength[:, None] * basis, null)
+        assert found.learned == found.learned_rescaled == learned
+    assert learned_directions(start(1, 512, 3), initial_spectrum_null(1, 512)).p_rescaled == 1
+
+
 def test_both_laws_agree_with_singular_values_of_drawn_matrices() -> None:
     direct = torch.stack([torch.linalg.svdvals(start(6, 50, seed).double() / kaiming_sd(50)) for seed in range(2000)])
     sampled = initial_spectrum_null(6, 50, draws=2000, seed=3)

@@ -109,6 +109,28 @@ def test_an_update_without_directions_changes_nothing(method: str) -> None:
     assert len(merged_svd([none, none], method=method).S) == 0  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("method", ["sum", "tsv", "iso-c", "knots"])
+def test_a_weight_of_zero_leaves_an_update_out(method: str) -> None:
+    one, other = (update.svd() for update in updates(2))
+    both = merged_svd([one, other], weights=[1.0, 0.0], method=method, keep=0.5)  # type: ignore[arg-type]
+    close(dense(both), dense(merged_svd([one], method=method, keep=0.5)))  # type: ignore[arg-type]
+    assert len(merged_svd([one, other], weights=[0.0, 0.0], method=method).S) == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["sum", "tsv", "iso-c", "knots"])
+def test_an_update_and_its_negative_in_another_gauge_cancel(method: str) -> None:
+    update = updates(1)[0]
+    gauge = torch.randn(update.r, update.r, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    opposite = LowRankUpdate(-update.up.double() @ gauge, torch.linalg.solve(gauge, update.down.double()), update.scale)
+    pair = [update.svd(), opposite.svd()]
+    if method in ("sum", "iso-c"):
+        assert len(merged_svd(pair, method=method).S) == 0  # type: ignore[arg-type]
+    # No sign is elected of entries that cancel, nor is a direction kept that is rounding.
+    same = [update.svd(), Svd(-update.svd().U, update.svd().S, update.svd().Vh)]
+    assert float(merged_svd(same, method=method).S.sum()) < 1e-9  # type: ignore[arg-type]
+    assert subspace_alignment_ratio(shared_basis(pair).cores).isnan().all()
+
+
 def test_updates_that_cancel_are_nothing() -> None:
     svd = updates()[0].svd()
     merged = merged_svd([svd, svd], weights=[1.0, -1.0], method="iso-c")

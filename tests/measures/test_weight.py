@@ -154,7 +154,7 @@ def test_a_weight_on_which_lanczos_does_not_converge_is_decomposed_densely(
     def stalled(*args: object, **kwargs: object) -> None:
         raise ArpackNoConvergence("stalled", np.empty((0, 0)), np.empty((0, 0)))
 
-    monkeypatch.setattr("lora_analysis.measures.weight.svds", stalled)
+    monkeypatch.setattr("scipy.sparse.linalg.svds", stalled)
     weight = gaussian(1040, 1030).float()
     spectrum = weight_spectrum(weight, 4)
     assert spectrum.complete

@@ -41,7 +41,7 @@ def test_sameness_of_unrelated_updates_is_chance_and_of_one_update_is_all() -> N
     assert v["flags"] == "same-start"
     assert abs(q["cosine"]) < 5 * q["cosine_null_sd"]
     assert q["cosine_p"] > 0.001
-    assert q["flags"] == ""
+    assert q["flags"] == "same-start"  # of all their rows half are shared: the two began alike
     dense = (a["q"].dense(), b["q"].dense())
     assert q["cosine"] == pytest.approx(
         float((dense[0] * dense[1]).sum() / dense[0].norm() / dense[1].norm()), rel=1e-9
@@ -122,6 +122,40 @@ def test_interference_is_that_of_dense_matrices() -> None:
     assert q["sign_conflict"] == pytest.approx(float(conflict))
     assert 0.02 <= q["sti_p"] <= 1
     assert q["sti_relative"] == pytest.approx(q["sti"] / sum(float(a["q"].singular_values().sum()) for a in adapters))
+
+
+def test_an_update_of_zero_interferes_with_nothing_in_any_order() -> None:
+    zero = la.LowRankUpdate(torch.zeros(40, 3), random(3, 30, seed=1), 1.0)
+    a, b = la.Adapter({"q": update(1), "v": update(2)}), la.Adapter({"q": zero, "v": update(3)})
+    table = la.interference_table([a, b], draws=99).set_index("module")
+    assert table.loc["q", ["sti", "sti_p", "sti_q", "cosine", "alignment_ratio"]].isna().all()
+    assert table.loc["q", "flags"] == "zero"
+    # One test alone is counted.
+    assert table.loc["v", "sti_q"] == table.loc["v", "sti_p"]
+    c = la.Adapter({"q": update(4)})
+    found = [la.interference_table(order, draws=9, signs=False).set_index("module").loc["q"] for order in
+             ([a, c, b], [b, a, c])]  # fmt: skip
+    for column in ("cosine", "cosine_min", "cosine_max", "alignment_ratio", "sti"):
+        assert found[0][column] == pytest.approx(found[1][column])
+        assert not math.isnan(found[0][column])
+
+
+def test_tables_say_where_they_compare_leading_directions_only() -> None:
+    dense = [la.DenseUpdate(random(100, 90, seed=seed)) for seed in (1, 2)]
+    a, b = (la.Adapter({"q": one}) for one in dense)
+    same = la.sameness_table(a, b, draws=9).iloc[0]
+    assert same["flags"] == "leading-only"
+    assert same["m_in"] == 64
+    # Ninety per cent of the whole energy, of which 64 directions of Gaussian matrices hold more.
+    for name, one in (("a", a), ("b", b)):
+        S = one["q"].singular_values()
+        assert same[f"k90_{name}_in"] == la.energy_rank(S, 0.9)
+    assert same["cosine"] == pytest.approx(
+        float((dense[0].dense() * dense[1].dense()).sum() / dense[0].norm() / dense[1].norm())
+    )
+    flat = [la.Adapter({"q": la.DenseUpdate(torch.eye(100) + 1e-3 * random(100, 100, seed=s))}) for s in (1, 2)]
+    assert pd.isna(la.sameness_table(*flat, draws=9)["k90_a_in"].item())
+    assert la.interference_table([a, b], draws=9)["flags"].item() == "leading-only"
 
 
 def test_interference_of_two_that_cannot_meet_is_refused() -> None:

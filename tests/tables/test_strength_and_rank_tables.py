@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lora_analysis as la
@@ -63,6 +65,38 @@ def test_starts_are_told_apart_and_what_was_learned_is_counted() -> None:
     assert table.loc["odd", "start"] == "unknown"
     assert "start-unknown" in table.loc["odd", "flags"]
     assert math.isnan(table.loc["odd", "learned_p"])
+
+
+def test_what_the_start_cannot_tell_is_not_counted() -> None:
+    def table(A: torch.Tensor) -> pd.Series:  # type: ignore[type-arg]
+        update = la.LowRankUpdate(random(96, len(A), seed=1), A, scale=1.0)
+        return la.used_rank_table(la.Adapter({"q": update}), draws=999).iloc[0]
+
+    # Untrained, of a variance a tenth larger than any known start's: nothing learned, and it says why.
+    off = table(0.02 * random(16, 1024, seed=2))
+    assert off["flags"] == "start-rescaled"
+    assert (off["start"], off["learned_directions"]) == ("uniform", 0)
+    assert off["bulk_p"] < 0.01
+    assert off["learned_p"] > 0.01
+    # Most of few directions learned, and one of one: not "none".
+    basis = torch.linalg.qr(random(1024, 8, seed=4)).Q.mT
+    for A in (uniform(8, 1024, 3) + 2 * basis, uniform(1, 1024, 3) + 2 * basis[:1]):
+        most = table(A)
+        assert most["flags"] == "start-unknown"
+        assert most["start"] == "unknown"
+        assert pd.isna(most["learned_directions"])
+        assert math.isnan(most["learned_p"])
+
+
+def test_factors_that_are_products_themselves_have_no_chance(tmp_path: Path) -> None:
+    # LoHa is held as a product of r² columns while that is small.
+    shapes = {"hada_w1_a": (256, 4), "hada_w1_b": (4, 256), "hada_w2_a": (256, 4), "hada_w2_b": (4, 256)}
+    tensors = {f"lora_unet_q.{name}": random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    save_file({**tensors, "lora_unet_q.alpha": torch.tensor(4.0)}, tmp_path / "loha.safetensors")
+    row = la.used_rank_table(la.load_adapter(tmp_path / "loha.safetensors")).iloc[0]
+    assert row["flags"] == "no-chance"
+    assert (row["r"], row["numerical_rank"]) == (4, 16)
+    assert math.isnan(row["effective_rank_low"])
 
 
 def test_updates_without_rank_scale_or_factors_have_rows_too() -> None:
