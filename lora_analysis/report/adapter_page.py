@@ -97,19 +97,15 @@ def spectra_data(measured: Measured, number: int) -> dict[str, Any]:
     if not tables:
         return {"modules": [], "bands": {}}
     modules, bands = [], {}
-    for row in tables["rank"].to_dict("records"):
-        shape = (int(row["d_out"]), int(row["d_in"]), int(row["r"]))
-        product = not {"no-chance", "zero", "nonfinite"} & set(str(row["flags"]).split())
-        if product and shape in measured.bands:
-            bands["-".join(map(str, shape))] = rounded(measured.bands[shape])
-        modules.append(
-            {
-                "S": rounded(row["singular_values"]),
-                "floors": rounded(row["noise_floors"]),
-                "errors": rounded(row["truncation_errors"]),
-                "band": "-".join(map(str, shape)) if product else None,
-            }
-        )
+    columns = ("d_out", "d_in", "r", "flags", "singular_values", "noise_floors", "truncation_errors")
+    rows = zip(*(tables["rank"][column].tolist() for column in columns), strict=True)
+    for d_out, d_in, r, flags, values, floors, errors in rows:
+        product = not {"no-chance", "zero", "nonfinite"} & set(flags.split())
+        known = product and (d_out, d_in, r) in measured.bands
+        band = f"{d_out}-{d_in}-{r}" if known else None
+        if band is not None:
+            bands[band] = rounded(measured.bands[d_out, d_in, r])
+        modules.append({"S": rounded(values), "floors": rounded(floors), "errors": rounded(errors), "band": band})
     return {"modules": modules, "bands": bands}
 
 
