@@ -269,6 +269,10 @@ def _medians(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
 
 def _require_place(out: Path) -> None:
     """Refuse to write over anything but a report, before the work."""
+    if out.resolve() == Path.cwd():
+        raise ValueError(
+            f"{out}: expected a folder that can be replaced, got the working directory. Name another place."
+        )
     if out.is_dir() and any(out.iterdir()) and not (out / _MARK).is_file():
         raise ValueError(f"{out}: expected an empty folder, a report or nothing there, got other files. Name another.")
     if out.exists() and not out.is_dir():

@@ -117,6 +117,13 @@ def test_sliders_read_the_grid(opened, folder):
     playwright.expect(page.locator("#grid .said")).to_contain_text("chance at (3, 7)")
     page.get_by_text("out (what it writes)").click()
     playwright.expect(readout).to_contain_text("φ(3, 7)")
+    page.get_by_text("All modules at this (i, j)").click()
+    phi = [data(folder, f"phi-1-2-{number}")["sides"]["out"]["phi"][at] for number in range(len(MODULES))]
+    cells = page.locator("#grid .cell")
+    playwright.expect(cells).to_have_count(len(MODULES))
+    playwright.expect(cells.nth(4)).to_contain_text(f"{phi[4]:.3g}")
+    cells.nth(4).click()
+    playwright.expect(readout).to_contain_text(f"φ(3, 7) = {phi[4]:.3g}")
     assert "i=3" in page.url
     assert "side=out" in page.url
 

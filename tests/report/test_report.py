@@ -2,10 +2,9 @@
 
 import filecmp
 import math
-import subprocess
-import sys
 from html.parser import HTMLParser
 
+import command_line
 import pandas as pd
 import pytest
 import torch
@@ -185,7 +184,8 @@ def test_what_has_no_number_says_so(tmp_path):
     zero = la.Adapter({"q": la.LowRankUpdate(torch.zeros(8, 2), torch.ones(2, 8), scale=1.0)}, source="zero")
     unknown = la.Adapter({"q": la.LowRankUpdate(torch.ones(8, 2), torch.ones(2, 8), scale=math.nan)}, source="unknown")
     other = la.Adapter({"q": la.LowRankUpdate(torch.ones(9, 2), torch.ones(2, 9), scale=1.0)}, source="other")
-    page = write_report([zero, unknown, other], out=tmp_path / "odd", draws=19)
+    nothing = la.Adapter({}, source="nothing")
+    page = write_report([zero, unknown, other, nothing], out=tmp_path / "odd", draws=19)
     assert "zero-update" in text_of(page.parent / "adapters" / "1.html")
     assert "every ΔW is zero" in text_of(page.parent / "adapters" / "1.html")
     assert "unknown: sizes are left out; pass --alpha" in text_of(page.parent / "adapters" / "2.html")
@@ -203,6 +203,8 @@ def test_a_report_is_replaced_and_nothing_else_is(tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(ValueError, match="expected an empty folder, a report or nothing there, got other files"):
         write_report(adapter("a", 2), out=tmp_path / "mine")
+    with pytest.raises(ValueError, match="got the working directory"):
+        write_report(adapter("a", 2), out=".")
     with pytest.raises(ValueError, match="of different sources, got 'runs/a' twice"):
         write_report([adapter("a", 2), adapter("a", 2)], out=tmp_path / "twice")
     with pytest.raises(LoraAnalysisError, match="expected a study directory"):
@@ -238,14 +240,13 @@ def _no_atlas(*arguments, **options):
 
 def test_command_writes_a_report_of_real_adapters(shared_adapters, tmp_path):
     sources = [shared_adapters / "sam_lora" / f"round_{round_}" / "lora_rank4.safetensors" for round_ in "ab"]
-    command = [sys.executable, "-m", "lora_analysis", "report", *map(str, sources), "--out", str(tmp_path / "sam")]
-    run = subprocess.run([*command, "--draws", "19"], capture_output=True, text=True, check=False)
+    run = command_line.run("report", *sources, "--out", tmp_path / "sam", "--draws", 19)
     assert run.returncode == 0, run.stderr
     assert run.stdout == f"{tmp_path / 'sam' / 'index.html'}\n"
     opened = [la.load_adapter(source) for source in sources]
     assert_same(data(tmp_path / "sam", "adapter-1")["tables"]["rank"], la.used_rank_table(opened[0], draws=19))
     assert "seed or task" in columns(data(tmp_path / "sam", "pairs"))["kind"]
-    again = subprocess.run([*command[:-1], str(sources[0])], capture_output=True, text=True, check=False)
+    again = command_line.run("report", *sources, "--out", sources[0])
     assert again.returncode == 2
     assert "expected a folder or nothing there, got a file" in again.stderr
 

@@ -8,6 +8,7 @@
   const kinds = [...new Set(table.rows.map((row) => row[differs]))];
   let state = {};
   let pairs = every;
+  let opened = false;
 
   function address(i) {
     return `#${new URLSearchParams({ a: every[i][0], b: every[i][1] })}`;
@@ -30,6 +31,8 @@
     const kind = table.rows[every.indexOf(pairs[at])][differs];
     const words = { r: "ranks", seed: "seeds", task: "tasks", targets: "targets", "seed or task": "seeds or tasks" };
     const area = make("div");
+    const everywhere = make("div");
+    const all = make("details", { open: opened, on: { toggle: () => { opened = all.open; modules(); } } }, make("summary", {}, "All modules at this (i, j)"), everywhere);
     const partners = (of) => pairs.flatMap(([x, y]) => (x === of ? [y] : []));
     element.replaceChildren(
       ...(kinds.length > 1 ? [report.choice("Compare", [["all", "all"], ...kinds.map((one) => [one, words[one]])], kinds.includes(state.kind) ? state.kind : "all", (value) => choose({ kind: value }))] : []),
@@ -43,11 +46,27 @@
       make("p", { class: "soft" }, `These differ in: ${kind}. ${pair.gridded.length} of ${pair.modules.length} modules have grids; q counts them together, cell by cell.`),
       ...pair.notes.map((note) => make("p", { class: "note" }, note)),
       area,
+      all,
     );
     const index = pair.modules.indexOf(module);
     report.table(document.getElementById("same-table"), pair.same, { caption: "sameness by module", link: (i) => link(pair, "same", i) });
     report.table(document.getElementById("merge-table"), pair.merge, { caption: "interference by module", link: (i) => link(pair, "merge", i) });
-    await report.phi(area, { a, b, index, names: called }, state, (where) => keep({ ...(state.kind ? { kind: state.kind } : {}), a, b, module, ...where }));
+    await report.phi(area, { a, b, index, names: called }, state, (where) => {
+      keep({ ...(state.kind ? { kind: state.kind } : {}), a, b, module, ...where });
+      modules();
+    });
+
+    /** The map of every module at (i, j), whose grids are read when it is asked for. */
+    function modules() {
+      if (all.open) overview().catch((error) => report.failed(everywhere, error));
+    }
+
+    async function overview() {
+      const where = { side: state.side, i: Number(state.i), j: Number(state.j) };
+      const data = await report.phi.overview(a, b, where);
+      report.map(everywhere, data, (at) => choose({ module: data.modules[at].name }));
+      report.map.mark(everywhere, data.modules.findIndex((one) => one.name === module));
+    }
 
     function link(data, name, i) {
       const shown = data[name].rows[i][0];

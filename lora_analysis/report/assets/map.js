@@ -96,7 +96,8 @@ report.map = (() => {
       about.replaceChildren(make("p", { class: "soft" }, `${current.help}.${note}`), report.bar({ ...span, kind: current.kind, word: current.word, label: current.label }));
     }
 
-    element.replaceChildren(report.choice("Colour by", metrics.map((m) => [m.key, m.label]), current.key, (key) => { show(key); map.mark(element, map.open); }), about, table);
+    const choice = report.choice("Colour by", metrics.map((m) => [m.key, m.label]), current.key, (key) => { show(key); map.mark(element, map.open); });
+    element.replaceChildren(...(metrics.length > 1 ? [choice] : []), about, table);
     show(current.key);
   };
 })();

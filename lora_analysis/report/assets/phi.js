@@ -30,11 +30,27 @@ report.phi = (() => {
     };
   }
 
+  /** φ(i, j) of every module that has a grid, as the map shows it. */
+  async function overview(a, b, { side, i, j }) {
+    const [pair, one] = await Promise.all([report.load(`pair-${a}-${b}`), report.load(`adapter-${a}`)]);
+    const grids = await Promise.all(pair.gridded.map((index) => report.load(`phi-${a}-${b}-${index}`)));
+    const known = new Map(one.modules.map((module) => [module.name, module]));
+    const cells = grids.map((data) => {
+      const grid = data.sides[side];
+      if (!grid || i > grid.m || j > grid.n) return [null, null, null];
+      const at = (i - 1) * grid.n + (j - 1);
+      return [grid.phi[at], grid.chance[Math.max(i, j) - 1], grid.q[at]];
+    });
+    const column = (at) => cells.map((cell) => cell[at]);
+    const metric = { key: "phi", label: `φ(${i}, ${j})`, kind: "number", help: `φ(${i}, ${j}) of every module, side ${side}`, log: false, word: "chance", plain_word: "consistent with chance", values: column(0), low: column(1), high: column(1), plain: column(2).map((q) => q !== null && q > CHANCE) };
+    return { modules: pair.gridded.map((index) => known.get(pair.modules[index])), metrics: metric.values.some((value) => value !== null) ? [metric] : [] };
+  }
+
   /**
    * Show the grid of module number `index` of the pair a < b in an element.
    * state has side, i and j, and is kept by changed(state).
    */
-  return async function phi(element, { a, b, index, names }, state, changed = () => {}) {
+  async function phi(element, { a, b, index, names }, state, changed = () => {}) {
     const data = await report.load(`phi-${a}-${b}-${index}`);
     const sides = Object.keys(data.sides);
     let side = sides.includes(state.side) ? state.side : sides[0];
@@ -114,7 +130,9 @@ report.phi = (() => {
       ...(grid.flags.length ? [make("p", { class: "soft" }, `Flags of some cells: ${grid.flags.join(", ")}.`)] : []),
     );
     await build();
-  };
+  }
+
+  return Object.assign(phi, { overview });
 })();
 
 /** The pairs of a report as [a, b] by number, and what the page calls each adapter. */
