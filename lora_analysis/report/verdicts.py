@@ -169,7 +169,9 @@ def _share(value: Any) -> str:
     if pd.isna(value):
         return "-"
     # Just below the whole, which is not said of what is not.
-    return f"{math.floor(1e4 * value) / 100:g} %" if 0.99 < value < 1 else f"{100 * value:.2g} %"
+    if 0.99 < value < 1:
+        return f"{math.floor(1e4 * value) / 100:g} %"
+    return f"{100 * value:,.0f} %" if value >= 1 else f"{100 * value:.2g} %"
 
 
 def _span(values: Sequence[int] | pd.Series[int]) -> str:

@@ -159,6 +159,19 @@ def test_what_is_consistent_with_chance_says_so(opened, folder):
     playwright.expect(cells).to_have_count(count)
 
 
+def test_matrix_is_sorted_and_a_studys_metric_switched(opened, folder):
+    page = opened("atlas.html")
+    drawn(page, 2)
+    names = "[...document.querySelectorAll('#matrix .ytick text')].map(text => text.textContent)"
+    page.get_by_text("name", exact=True).click()
+    page.wait_for_function(f"{names}.at(-1) === 'r8' && {names}.at(-2) === 'r4'")
+    page = opened("ablation.html")
+    drawn(page, 1)
+    page.get_by_text("loss", exact=True).click()
+    playwright.expect(page.locator("#metric .ytitle")).to_have_text("held-out loss (nats)")
+    assert page.locator("#claims tbody tr").count() == len(data(folder, "ablation")["claims"]["rows"])
+
+
 def test_hostile_names_are_shown_as_text(opened):
     for path in ("index.html", "adapters/3.html", "compare.html#a=1&b=3", "atlas.html"):
         page = opened(path)
