@@ -32,6 +32,7 @@ from lora_analysis.report.measured import Measured, at_largest_k, measure
 from lora_analysis.report.pairs import Compared, compare_pairs
 from lora_analysis.report.verdicts import amplified, found_of, layers_learned, merging, same, wasted_rank
 from lora_analysis.tables.frames import as_adapters
+from lora_analysis.tables.names import plain_text
 
 _HERE = Path(__file__).parent
 _MARK = "made-by-lora-analysis.txt"
@@ -93,6 +94,7 @@ def write_report(
         raise ValueError(f"adapters: expected one or more of different sources, got {twice!r} twice or none.")
     _require_place(out)
     plotly, template = _libraries()
+    runs = {} if study is None else _runs(Path(study), sources)  # where it is no study, known before the work
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".writing-") as scratch:
         root = Path(scratch) / "report"
@@ -100,10 +102,7 @@ def write_report(
             (root / folder).mkdir(parents=True)
         options: dict[str, Any] = {"draws": draws, "seed": seed, "workers": workers}
         measured = measure(adapters, base, progress=progress, say=say, **options)
-        runs = {} if study is None else _runs(Path(study), sources)
-        pairs = compare_pairs(
-            adapters, measured.names, runs, root / "data", compared=compared, say=say, **options
-        )  # fmt: skip
+        pairs = compare_pairs(adapters, measured.names, runs, root / "data", compared=compared, say=say, **options)
         say("atlas")
         others = _other_pages(root, measured, study, seed, workers, progress)
         say("pages")
@@ -129,7 +128,7 @@ def _libraries() -> tuple[str, Callable[..., str]]:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: rounded(value) if isinstance(value, str) and type(value) is str else value,
+        finalize=lambda value: plain_text(value) if type(value) is str else value,  # not of markup
     )
     return get_plotlyjs(), lambda made_by, /, **values: environment.get_template(made_by).render(**values)
 
@@ -192,7 +191,7 @@ def _write_pages(
             "facts": facts(measured, number),
             "metadata": metadata(adapter),
             "findings": grouped_findings(measured.findings[number]),
-            "verdicts": _verdicts(measured, tables, mine, names[number]) if tables else [],
+            "verdicts": _verdicts(tables, mine, names[number]) if tables else [],
             "base": measured.base is not None,
             "partners": len(mine),
         }
@@ -203,16 +202,14 @@ def _write_pages(
         everything = {"rank": measured.rank, "strength": measured.strength}
         if measured.amplification is not None and measured.intruders is not None:
             everything |= {"amplification": measured.amplification, "intruders": measured.intruders}
-        page("index.html", "index.html", verdicts=_verdicts(measured, everything, pairs, None))
+        page("index.html", "index.html", verdicts=_verdicts(everything, pairs, None))
         page("compare.html", "compare.html", pairs=len(pairs))
         page("atlas.html", "atlas.html")
     if others["ablation"] is not None:
         page("ablation.html", "ablation.html")
 
 
-def _verdicts(
-    measured: Measured, tables: Mapping[str, pd.DataFrame], pairs: pd.DataFrame, name: str | None
-) -> list[Any]:
+def _verdicts(tables: Mapping[str, pd.DataFrame], pairs: pd.DataFrame, name: str | None) -> list[Any]:
     return [
         wasted_rank(tables["rank"]),
         layers_learned(tables["strength"]),
