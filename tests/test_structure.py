@@ -19,6 +19,7 @@ LEVELS = [
     {"activations", "convert", "lint", "merge", "resize", "tables"},
     {"plots"},
     {"study"},
+    {"report"},
     {"cli"},
 ]
 
@@ -63,7 +64,7 @@ def test_public_names_are_sorted_complete_and_there():
 
 def test_importing_the_package_pulls_in_no_heavy_library():
     code = "import sys, lora_analysis; print([m for m in ('matplotlib', 'transformers', 'plotly', 'dask', 'peft', "
-    code += "'rich', 'typer', 'fsspec', 'huggingface_hub', 'aiohttp', 'gguf') if m in sys.modules])"
+    code += "'jinja2', 'rich', 'typer', 'fsspec', 'huggingface_hub', 'aiohttp', 'gguf') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

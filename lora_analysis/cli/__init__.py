@@ -39,6 +39,7 @@ from lora_analysis.cli.magnitude import magnitude
 from lora_analysis.cli.merge import merge
 from lora_analysis.cli.output import plain_text
 from lora_analysis.cli.overlap import overlap
+from lora_analysis.cli.report import report
 from lora_analysis.cli.reproducible import reproducible
 from lora_analysis.cli.resize import resize
 from lora_analysis.cli.same import same
@@ -78,6 +79,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (interference, "Will they merge? Interference beside chance."),
     (merge, "Several as one: sum, TSV, Iso-C or KnOTS."),
     (atlas, "A shelf of adapters: families and outliers."),
+    (report, "All five questions as pages that open from disk."),
     (magnitude, "Did lengths or directions of rows change? (DoRA)"),
     (diff, "What did full fine-tuning change?"),
     (figure, "The paper's figures of any adapters, for print."),

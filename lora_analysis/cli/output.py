@@ -11,7 +11,6 @@ import math
 import shutil
 import sys
 import textwrap
-import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,14 @@ from rich.text import Text
 from lora_analysis.adapter import Adapter
 from lora_analysis.base import BaseWeights
 from lora_analysis.cli.layout import Kind, laid_out
-from lora_analysis.tables.discoveries import RATE
+from lora_analysis.tables.discoveries import findings as findings
 from lora_analysis.tables.frames import records, write_table
+from lora_analysis.tables.names import plain_text as plain_text
 
 _TEXT = {"side", "scale_source"}
-_HIDDEN_CATEGORIES = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
 
 Column = tuple[str, str, Callable[[Any], str]]
 """Column of the frame, heading, and how to write a value."""
-
-
-def plain_text(text: str) -> str:
-    """The text with control, format and direction characters as visible escapes."""
-    return "".join(
-        char.encode("unicode_escape").decode() if unicodedata.category(char) in _HIDDEN_CATEGORIES else char
-        for char in text
-    )
 
 
 def number(digits: int = 3) -> Callable[[Any], str]:
@@ -75,19 +66,6 @@ def deliver(table: pd.DataFrame, *, out: Path | None, as_json: bool) -> bool:
     if as_json:
         print(json.dumps(records(table), indent=1, allow_nan=False))
     return out is not None or as_json
-
-
-def findings(q: pd.Series[float], what: str) -> str:
-    """How many tests hold once their number is counted, as a sentence."""
-    known = q.dropna()
-    if known.empty:
-        return f"{what}: not tested."
-    found = int((known <= RATE).sum())
-    if not found:
-        return f"{what}: consistent with chance in all {len(known)}."
-    rest = len(known) - found
-    others = f", {rest} consistent with chance" if rest else ""
-    return f"{what}: beyond chance in {found} of {len(known)}{others} (false discovery rate {RATE:.0%})."
 
 
 def print_source(source: object) -> None:

@@ -54,6 +54,25 @@ def with_discoveries(table: pd.DataFrame, families: Mapping[str, Sequence[str]])
     )
 
 
+def findings(q: pd.Series[float], what: str) -> str:
+    """How many tests hold once their number is counted, as a sentence.
+
+    Examples
+    --------
+    >>> findings(pd.Series([0.01, 0.4, float("nan")]), "Gain")
+    'Gain: beyond chance in 1 of 2, 1 consistent with chance (false discovery rate 5%).'
+    """
+    known = q.dropna()
+    if known.empty:
+        return f"{what}: not tested."
+    found = int((known <= RATE).sum())
+    if not found:
+        return f"{what}: consistent with chance in all {len(known)}."
+    rest = len(known) - found
+    others = f", {rest} consistent with chance" if rest else ""
+    return f"{what}: beyond chance in {found} of {len(known)}{others} (false discovery rate {RATE:.0%})."
+
+
 def _adjusted(p: pd.Series[float], family: Sequence[pd.Series[Any]]) -> pd.Series[float]:
     keys = [*family] or [pd.Series(0, index=p.index)]
     groups = p.groupby(keys, dropna=False)
