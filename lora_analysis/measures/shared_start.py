@@ -8,8 +8,8 @@ Beta(1/2, (d - 1)/2)``, Bonferroni over the other's rows, at a level of 1e-6. So
 a permutation of a part of it, is seen as well as an equal one.
 
 Where only the trained A is known, directions that both runs learned make every row a little parallel to every other.
-A row then counts as shared if its cosine, beyond chance and however small, is twice any other of both rows: one
-learned direction makes at most one such pair in a module. One row alone cannot be told.
+A row then counts as shared if its cosine, beyond chance and however small, is twice any other of both rows. A learned
+direction makes at most one such pair in a module, and so one is not counted; one row alone cannot be told.
 
 Measures
 --------
@@ -50,8 +50,7 @@ def shared_rows(A: Tensor, other: Tensor, *, trained: bool = False) -> float:
     Returns
     -------
     float
-        Dimensionless, in [0, 1]; NaN where a factor has no rows, or one column, and of trained factors that have one
-        row each.
+        Dimensionless, in [0, 1]; NaN where a factor has no rows, or one column, and where a trained one has one row.
 
     Raises
     ------
@@ -68,14 +67,17 @@ def shared_rows(A: Tensor, other: Tensor, *, trained: bool = False) -> float:
     if A.shape[1] != other.shape[1]:
         raise ValueError(f"expected factors of one width, got {tuple(A.shape)} and {tuple(other.shape)}.")
     few, many = sorted((A.detach().double(), other.detach().double()), key=len)
-    if not len(few) or A.shape[1] < 2 or (trained and len(many) == 1):
+    if len(few) <= trained or A.shape[1] < 2:
         return math.nan
     few, many = (rows.cpu() for rows in (few, many))
     few, many = (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300) for rows in (few, many))
     cosines = np.minimum((few @ many.mT).abs().numpy(), 1.0)
     best = cosines.max(axis=1)
     p = len(many) * special.betaincc(0.5, (A.shape[1] - 1) / 2, best**2)
-    return float(((p < _LEVEL) & (_stands_out(cosines) if trained else best >= _PARALLEL)).mean())
+    if not trained:
+        return float(((p < _LEVEL) & (best >= _PARALLEL)).mean())
+    pairs = int(((p < _LEVEL) & _stands_out(cosines)).sum())
+    return max(0, pairs - 1) / (len(few) - 1)
 
 
 def _stands_out(cosines: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:

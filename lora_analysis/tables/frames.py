@@ -8,13 +8,14 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import pyarrow
-from pyarrow import parquet
 
 from lora_analysis.adapter import Adapter, Module
+
+if TYPE_CHECKING:
+    import pyarrow
 
 SUFFIXES = (".csv", ".parquet", ".json")
 LIST_COLUMNS = ("singular_values", "noise_floors", "truncation_errors", "tokens", "token_ids", "cosines")
@@ -64,6 +65,8 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
         written = Path(scratch) / path.name
         if path.suffix == ".parquet":
+            from pyarrow import parquet  # a third of a second to import, and not needed by most
+
             parquet.write_table(_arrow(table), written)
         elif path.suffix == ".json":
             written.write_text(json.dumps(records(table), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -75,6 +78,8 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
 
 def _arrow(table: pd.DataFrame) -> pyarrow.Table:
     """The frame with column types that do not depend on whether any value is there."""
+    import pyarrow
+
     schema = pyarrow.Schema.from_pandas(table, preserve_index=False)
     for position, field in enumerate(schema):
         if field.name in LIST_COLUMNS and pyarrow.types.is_null(field.type):

@@ -26,7 +26,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return torch.randn(*shape, generator=generator)
 
     for name, r in (("a", 4), ("b", 6)):
-        updates = {module: la.LowRankUpdate(random(24, r), random(r, 20), scale=0.5) for module in NAMES}
+        down = {module: 2 * torch.rand(r, 20, generator=generator) - 1 for module in NAMES}  # as A begins
+        updates = {module: la.LowRankUpdate(random(24, r), down[module] / 20**0.5, scale=0.5) for module in NAMES}
         la.save_adapter(la.Adapter(updates), folder / name)
     save_file({f"{module}.weight": random(24, 20) for module in NAMES}, folder / "base.safetensors")
     return folder
