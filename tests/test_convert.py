@@ -341,6 +341,9 @@ def test_the_command_says_what_was_lost(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "6 modules, read back and compared" in run.stdout
     assert run.stdout.endswith("Nothing lost.\n")
-    run = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    refused = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "expected nothing there, got a folder" in " ".join(refused.stderr.split())
+    run = subprocess.run([*command, "--json", "--overwrite"], capture_output=True, text=True, check=True)
     summary = json.loads(run.stdout)
     assert (summary["losses"], summary["notes"]) == ([], [])

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from lora_analysis.checkpoint.gguf_header import Field
+from lora_analysis.errors import UnsupportedAdapterError
 
 PERMUTED_ARCHITECTURES = frozenset(
     {
@@ -195,8 +196,12 @@ def _split(tensor: str) -> tuple[str, str]:
 @lru_cache(maxsize=8)
 def _templates(architecture: str) -> dict[str, tuple[str, ...]]:
     """Names of an architecture's tensors in GGUF to their names elsewhere, both with {bid} for the block."""
-    import gguf
-
+    try:
+        import gguf
+    except ImportError as error:
+        raise UnsupportedAdapterError(
+            'GGUF\'s names of tensors are those of its own library: pip install "lora-analysis[gguf]".'
+        ) from error
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in numbers:
         return {}

@@ -19,6 +19,8 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from importlib import metadata
+from typing import Annotated
 
 import torch
 import typer
@@ -60,6 +62,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"lora-analysis {metadata.version('lora-analysis')}")
+        raise typer.Exit
+
+
 COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (inspect, "What is this adapter? Format, modules, r, scale."),
     (lint, "What is wrong with it, and what is the cure?"),
@@ -88,6 +98,16 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (demo, "Train five ranks on a real task, and look at them."),
 )
 """Every command with what it is for, in the order of ``--help``."""
+
+
+@app.callback()
+def _version(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
 
 for command, short in COMMANDS:
     app.command(name=command.__name__.replace("_", "-"), short_help=short)(with_next(command))

@@ -79,6 +79,8 @@ def ablate(
         execute_plan(plan, out, processes=workers, say=say)
         say("analysing")
         lines = analyse_study(out, say=say)
+        if quick:
+            say("a quick study shows that it runs: its verdicts judge nothing")
         say("done")
     except ImportError as error:
         raise LoraAnalysisError(str(error)) from error

@@ -91,7 +91,9 @@ def amplify(
             ],
         )
     last = table.groupby(["adapter", "module"], sort=False).tail(1)
-    explain(f"{findings(last['q'], 'Gain at the largest k')} {findings(last['sign_q'], 'Its signs')}")
+    explain(
+        f"{findings(last['q'], 'Gain at the largest k')} {findings(last['sign_q'], 'Its signs (sign_p with --out)')}"
+    )
     explain(
         "gain = ‖UᵀWV‖ / random is the number to read. factor = ‖ΔW‖ / ‖UᵀWV‖ falls with k for random "
         "directions too, and is below theirs where gain > 1. ceiling = ‖UᵀWV‖ / top."

@@ -50,6 +50,7 @@ def atlas(
         pattern=pattern,
         device=device,
         revision=revision,
+        skip=True,
     )
     found = charted(opened, sampled=sampled, seed=seed, workers=workers, progress=sys.stderr.isatty())
     report_notes(opened)

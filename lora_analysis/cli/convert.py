@@ -32,6 +32,7 @@ def convert(
         str | None, typer.Option(help="unet, transformer, text_encoder…, where module names have none.")
     ] = None,
     architecture: Annotated[str | None, typer.Option(help="GGUF's name of the base's, such as llama.")] = None,
+    overwrite: options.Overwrite = False,
     base: options.Base = None,
     format: options.Format = None,
     alpha: options.Alpha = None,
@@ -49,6 +50,7 @@ def convert(
 
     Example: lora-analysis convert runs/r8 r8.gguf --to gguf --architecture llama --heads 32,8
     """
+    options.require_free(destination, overwrite=overwrite, sources=[adapter])
     done = converted(
         adapter,
         destination,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,7 @@ def demo(
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise NotADirectoryError(f"{out}: expected a directory, got a file. Pass another --out.") from None
+    print("Importing what the demo needs; the first time this takes a while.", file=sys.stderr, flush=True)
     from lora_analysis.study.demo import run_demo
     from lora_analysis.study.minilm import load_minilm
 
@@ -32,3 +35,6 @@ def demo(
         raise LoraAnalysisError(str(error)) from error
 
     run_demo(out, quick=quick)
+    runs, weights = out / "runs", json.loads((out / "base.json").read_text("utf-8"))["path"]
+    print(f"\nThe pretrained weights, for --base: {weights}")
+    print(f"Look at them: lora-analysis report {runs}/*-r* --base {weights} --study {out} --out {out}-report")

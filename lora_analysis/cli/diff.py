@@ -40,6 +40,7 @@ def diff(
     base_revision: options.BaseRevision = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
+    overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
     """What full fine-tuning changed: the spectrum of every difference, or its best low-rank part.
@@ -52,6 +53,8 @@ def diff(
         raise typer.BadParameter(f"--energy: expected a share in (0, 1], got {energy}.")
     if out is not None and r is None and energy is None:
         raise typer.BadParameter("--out: expected --r or --energy beside it: a PEFT adapter holds low-rank updates.")
+    if out is not None:
+        options.require_free(out, overwrite=overwrite, sources=[tuned, base])
     after = load_base(tuned, device=device, revision=revision)
     before = load_base(base, device=device, revision=base_revision)
     adapter = difference(after, before, r=r, energy=energy, device=device, progress=sys.stderr.isatty())

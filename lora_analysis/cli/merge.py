@@ -16,6 +16,12 @@ from lora_analysis.merge import merge as merged
 from lora_analysis.tables import truncation_table
 from lora_analysis.tables.frames import records
 
+_TOLD = {
+    "tsv": "TSV keeps the first {keep:.0%} of each adapter's directions (--keep) and makes them orthogonal.",
+    "iso-c": "Iso-C gives all directions of the sum one singular value, their mean.",
+    "knots": "KnOTS trims, elects signs and averages (--density), as TIES does.",
+}
+
 
 def _checked_weights(value: str | None) -> str | None:
     weights(value)
@@ -48,6 +54,7 @@ def merge(
     ] = None,
     r: Annotated[int | None, typer.Option(min=1, help="Cut to this r; all directions by default.")] = None,
     energy: Annotated[float | None, typer.Option(help="Or to the least r that holds this share of ‖ΔW‖².")] = None,
+    overwrite: options.Overwrite = False,
     format: options.Format = None,
     alpha: options.Alpha = None,
     base: options.Base = None,
@@ -69,6 +76,7 @@ def merge(
         raise typer.BadParameter(
             f"expected one of {', '.join(get_args(Method))}, got {method!r}.", param_hint="--method"
         )
+    options.require_free(out, overwrite=overwrite, sources=adapters)
     opened_base = options.open_base(base, device, base_revision)
     opened = options.open_adapters(
         adapters,
@@ -94,6 +102,8 @@ def merge(
     )
     done = convert(after, out, to="peft", base=opened_base)
     table = truncation_table(after)
+    plain = after if method == "sum" else merged(opened, weights=weights(weight))
+    table.insert(6, "norm_sum", [plain[module].norm() for module in table["module"]])
     if as_json:
         content = {"path": str(done.path), "modules": records(table), "losses": list(done.losses)}
         print(json.dumps(content, indent=1, allow_nan=False))
@@ -105,8 +115,12 @@ def merge(
             ("module", "module", str),
             ("r", "r", number()),
             ("norm", "‖ΔW‖", number()),
+            ("norm_sum", "of the sum", number()),
             ("truncation_error_relative", "cut off", share),
             ("flags", "flags", str),
         ],
     )
+    share_kept = 1 / len(opened) if keep is None else keep
+    if told := _TOLD.get(method):
+        explain(told.format(keep=share_kept) + " So ‖ΔW‖ is not that of the sum, which stands beside it.")
     explain(f"{len(table)} modules in {done.path}, read back and compared.")

@@ -12,6 +12,8 @@ import typer
 
 from lora_analysis.adapter import Adapter
 from lora_analysis.base import BaseWeights, load_base
+from lora_analysis.cli.output import say
+from lora_analysis.errors import LoraAnalysisError
 from lora_analysis.formats import FORMATS, load_adapter
 from lora_analysis.formats.options import parse_split
 from lora_analysis.tables.frames import SUFFIXES
@@ -126,6 +128,7 @@ Out = Annotated[
         help=f"Write the whole table to FILE ({', '.join(SUFFIXES)}) instead of printing it.", callback=_checked_out
     ),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else.")]
 Workers = Annotated[int | None, typer.Option(help="Threads; the cores of the machine by default.", min=1)]
 Draws = Annotated[int, typer.Option(help="Monte Carlo draws of a p that has no closed form.", min=1, max=_MOST_DRAWS)]
@@ -182,6 +185,19 @@ def module_pairs(pairs: Sequence[str] | None) -> Literal["same", "all"] | list[t
     return found
 
 
+def require_free(out: Path, *, overwrite: bool, sources: Sequence[str] = ()) -> None:
+    """Refuse to write over what is there, before the work; over what is read, in any case.
+
+    An empty folder is nothing.
+    """
+    same = [source for source in sources if Path(source).exists() and Path(source).resolve() == out.resolve()]
+    if same:
+        raise typer.BadParameter(f"{out}: expected another place than the adapter that is read.")
+    if not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise typer.BadParameter(f"{out}: expected nothing there, got {'a folder' if out.is_dir() else 'a file'}. "
+                                 "Name another place, or pass --overwrite.")  # fmt: skip
+
+
 def open_base(base: str | None, device: str, revision: str | None) -> BaseWeights | None:
     """The base that an option names, if it names one."""
     if base is None and revision is not None:
@@ -202,21 +218,32 @@ def open_adapters(
     pattern: str | None,
     device: str,
     revision: str | None,
+    skip: bool = False,
 ) -> list[Adapter]:
-    """The adapters that arguments name, all with the same options."""
-    return [
-        load_adapter(
-            source,
-            format=format,
-            alpha=alpha,
-            base=base,
-            split=split,
-            name=name,
-            initial=initial,
-            heads=head_counts(heads),
-            pattern=pattern,
-            device=device,
-            revision=revision,
-        )
-        for source in sources
-    ]
+    """The adapters that arguments name, all with the same options.
+
+    With ``skip``, of several what is no adapter is left out with a note: a pattern of names catches other files too.
+    """
+    opened: list[Adapter] = []
+    for source in sources:
+        try:
+            adapter = load_adapter(
+                source,
+                format=format,
+                alpha=alpha,
+                base=base,
+                split=split,
+                name=name,
+                initial=initial,
+                heads=head_counts(heads),
+                pattern=pattern,
+                device=device,
+                revision=revision,
+            )
+        except LoraAnalysisError as error:
+            if not skip or len(sources) == 1 or (source == sources[-1] and not opened):
+                raise
+            say(f"left out: {error}")
+        else:
+            opened.append(adapter)
+    return opened

@@ -12,6 +12,7 @@ from lora_analysis.cli import options
 from lora_analysis.cli.output import (
     deliver,
     explain,
+    findings,
     number,
     print_source,
     print_table,
@@ -96,7 +97,7 @@ def overlap(
         if len(opened) > 1:
             print_source(source)
         print_table(
-            rows,
+            rows if len(rows) <= _SHOWN else rows[rows["part"].isin([1, parts])],
             [
                 ("module", "module", str),
                 ("side", "side", str),
@@ -112,6 +113,12 @@ def overlap(
             ],
             limit=_SHOWN,
         )
+    last = table[table["k"] == table.groupby(["adapter", "module"])["k"].transform("max")]
+    for part, name in ((1, "The largest σ"), (parts, "The smallest")):
+        sides = last[last["part"] == part].groupby("side", sort=False)["energy_q"]
+        explain(" ".join(findings(q, f"{name}, {side}") for side, q in sides))
+    if len(table) > _SHOWN:
+        explain(f"Shown are the first and the last of {parts} parts; --out FILE writes all.")
     explain(
         "share = of ΔW's top k directions, how much lies among W's singular directions from … to …, the first having "
         "the largest singular values; energy = the same, each direction weighed by its σ². chance is for random "

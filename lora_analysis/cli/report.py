@@ -53,6 +53,7 @@ def report(
         pattern=pattern,
         device=device,
         revision=revision,
+        skip=True,
     )
     from lora_analysis.report import write_report
 

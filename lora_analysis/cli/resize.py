@@ -60,6 +60,7 @@ def resize(
     ] = None,
     architecture: Annotated[str | None, typer.Option(help="GGUF's name of the base's, such as llama.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new rows of A where r is raised.", min=0)] = 0,
+    overwrite: options.Overwrite = False,
     base: options.Base = None,
     format: options.Format = None,
     alpha: options.Alpha = None,
@@ -81,6 +82,7 @@ def resize(
     if (count := sum(value is not None for value in given.values())) != 1:
         got = " and ".join(option for option, value in given.items() if value is not None) if count else "none"
         raise typer.BadParameter(f"expected exactly one of {', '.join(given)}, got {got}.")
+    options.require_free(out, overwrite=overwrite, sources=[adapter])
     opened = options.open_base(base, device, base_revision)
     head_counts = options.head_counts(heads)
     before = loaded(

@@ -13,6 +13,7 @@ from lora_analysis.cli import options
 from lora_analysis.cli.output import deliver, explain, findings, number, print_table, probability, report_notes, say
 from lora_analysis.tables import sameness_table
 
+_ROUNDING = 1e-6
 _SHOWN = 60
 
 
@@ -87,13 +88,21 @@ def same(
         ],
         limit=None if same_names else _SHOWN,
     )
-    explain(_start(table))
+    explain(f"{_identity(table)}{_start(table)}")
     tested = (("cosine_q", "cos"), ("phi_q_in", "φ* in"), ("phi_q_out", "φ* out"))
     explain(" ".join(findings(table[column], what) for column, what in tested))
     explain(
         "cos: of the updates as vectors. φ*: overlap of all their directions, 0 by chance and 1 where one holds the "
         "other. p: against random directions, one test per line, not corrected for their number."
     )
+
+
+def _identity(table: pd.DataFrame) -> str:
+    """That the updates are the same, where they are."""
+    if table["cosine"].isna().any() or float(table["cosine"].min()) < 1 - _ROUNDING:
+        return ""
+    equal = bool((table["norm_ratio"] > 1 - _ROUNDING).all())
+    return "The updates are the same. " if equal else "The updates are the same up to their scale. "
 
 
 def _start(table: pd.DataFrame) -> str:

@@ -66,6 +66,6 @@ def spectrum(
             ],
         )
     explain(
-        "stable and eff. rank are below r by chance too: random factors with r = 64 and d = 384 have a stable rank "
-        "of 26. --out FILE writes all measures and singular values."
+        "stable and eff. rank are below r by chance too: used-rank sets them beside what random factors of the same "
+        "shape have. --out FILE writes all measures and singular values."
     )

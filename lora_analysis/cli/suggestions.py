@@ -29,7 +29,6 @@ NEXT: Mapping[str, str] = {
     "magnitude": "strength {adapters}",
     "train": "inspect {destination}",
     "ablate": "figure ablation {destination} --out ablation.pdf",
-    "demo": "figure ablation {destination} --out ablation.pdf",
 }
 """The line after each command; none where what it names was not given."""
 

@@ -109,7 +109,8 @@ def tokens(
     explain(findings(table["q"], "Tokens"))
     explain(
         "|cos|: of the nearest token; p: random directions come as close to one of all tokens. Modules that read the "
-        "residual stream (q, k, v) speak on side in, those that write to it (o) on side out."
+        "residual stream (q, k, v) speak on side in, those that write to it (o) on side out; of square ones "
+        "both are shown."
     )
 
 

@@ -11,6 +11,10 @@ from lora_analysis.cli import options
 from lora_analysis.cli.output import deliver, explain, findings, number, print_source, print_table, report_notes
 from lora_analysis.tables import used_rank_table
 
+_STARTS = {
+    "start-unknown": "A is like no known start, by most of its spectrum, so that what it learned is not counted.",
+    "start-rescaled": "A is a little off the variance of a known start, so that directions are counted without it.",
+}
 _SHOWN = ("stable_rank", "effective_rank", "k90")
 
 
@@ -75,6 +79,9 @@ def used_rank(
             ],
         )
     explain(f"{_verdict(table)} {findings(table['learned_q'], 'A has learned')}")
+    for flag, told in _STARTS.items():
+        if count := int(table["flags"].str.split().apply(lambda words, flag=flag: flag in words).sum()):
+            explain(f"{flag} ({count} of {len(table)}): {told}")
     explain(
         "chance: 1 % to 99 % of random factors of the same shape; inside it a measure is consistent with chance. "
         "resolved: directions above storage noise. learned: directions of A that its random start does not explain. "
@@ -94,7 +101,7 @@ def _verdict(table: pd.DataFrame) -> str:
     below = int((known["effective_rank"] < known["effective_rank_low"]).sum())
     above = int((known["effective_rank"] > known["effective_rank_high"]).sum())
     within = len(known) - below - above
-    parts = [f"{count} {word}" for count, word in ((below, "below"), (above, "above")) if count]
+    parts = [f"{count} {word} chance" for count, word in ((below, "below"), (above, "above")) if count]
     parts += [f"{within} consistent with chance"] if within else []
     applicable = int(table["above_noise"].notna().sum())
     plateau = (

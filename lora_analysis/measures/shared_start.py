@@ -76,7 +76,10 @@ def shared_rows(A: Tensor, other: Tensor, *, trained: bool = False) -> float:
     p = len(many) * special.betaincc(0.5, (A.shape[1] - 1) / 2, best**2)
     if not trained:
         return float(((p < _LEVEL) & (best >= _PARALLEL)).mean())
-    pairs = int(((p < _LEVEL) & _stands_out(cosines)).sum())
+    alike = best >= _PARALLEL
+    if alike.all():
+        return 1.0
+    pairs = int(((p < _LEVEL) & (alike | _stands_out(cosines))).sum())
     return max(0, pairs - 1) / (len(few) - 1)
 
 

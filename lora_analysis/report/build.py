@@ -121,7 +121,7 @@ def _libraries() -> tuple[str, Callable[..., str]]:
         import jinja2
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise LoraAnalysisError(f"A report needs {error.name}. Install lora-analysis[report].") from error
+        raise LoraAnalysisError(f'A report needs {error.name}: pip install "lora-analysis[report]".') from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE / "templates"),
         autoescape=True,

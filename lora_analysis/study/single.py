@@ -67,8 +67,13 @@ def train_one(
         # What takes long to prepare is kept in the directory: the first process does it, the others find it there.
         if rank() == 0:
             settings = {"setting": plan.setting, "run": asdict(run), "recipe": asdict(recipe)}
-            _require_same(directory, {**settings, "init": init, "dora": dora})
-            setting = open_setting(plan.setting, folder=directory)
+            began = _require_same(directory, {**settings, "init": init, "dora": dora})
+            try:
+                setting = open_setting(plan.setting, folder=directory)
+            except (ImportError, LoraAnalysisError):
+                if began:  # nothing was: another try may have other settings
+                    (directory / "settings.json").unlink()
+                raise
         if world_size() > 1:
             torch.distributed.barrier()
         if rank() != 0:
@@ -132,15 +137,21 @@ def train_one(
     ]
 
 
-def _require_same(directory: Path, settings: Mapping[str, Any]) -> None:
-    """See that a directory is new or that of a run with these settings, whose state knows only a part of them."""
+def _require_same(directory: Path, settings: Mapping[str, Any]) -> bool:
+    """See that a directory is new or that of a run with these settings, whose state knows only a part of them.
+
+    Returns
+    -------
+    bool
+        Whether it is new.
+    """
     path = directory / "settings.json"
     if not path.exists():
         if (directory / "state.pt").exists():
             raise LoraAnalysisError(f"{directory}: expected settings.json beside state.pt, got none. Use another one.")
         directory.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
-        return
+        return True
     known, wanted = read_json(path), json.loads(json.dumps(settings))
     for name in wanted:
         if known.get(name) != wanted[name]:
@@ -148,3 +159,4 @@ def _require_same(directory: Path, settings: Mapping[str, Any]) -> None:
                 f"{path}: expected the {name} that this run was begun with, {known.get(name)}, got {wanted[name]}. "
                 "Use another directory."
             )
+    return False

@@ -13,6 +13,9 @@ from lora_analysis.notebook import html_table
 
 Matrix = npt.NDArray[np.float64]
 
+FEWEST = 6
+"""Adapters from which one can be an outlier."""
+
 OUTLYING = 3.5
 """Robust standard scores from which an adapter counts as an outlier (Iglewicz and Hoaglin 1993)."""
 
@@ -100,7 +103,9 @@ class Atlas:
                 "cosine_score": _robust_scores(mean),
             }
         )
-        table["outlier"] = (table[["norm_score", "cosine_score"]].abs() > OUTLYING).any(axis=1)
+        # Few tell nothing of who stands apart, and to be like the others is not to.
+        apart = (table["norm_score"].abs() > OUTLYING) | (table["cosine_score"] < -OUTLYING)
+        table["outlier"] = apart & (len(table) >= FEWEST)
         return table
 
     def pairs(self) -> pd.DataFrame:

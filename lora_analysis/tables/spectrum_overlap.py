@@ -101,13 +101,16 @@ def spectrum_overlap_table(
         for module in item.modules.values():
             fitting = [k for k in ks or [last_k(module)] if k <= min(module.shape)]
             wanted[module.shape] = max([wanted[module.shape], *fitting])
-    # One set of draws serves every module and k of its shape.
-    nulls: dict[tuple[int, int], dict[int, Tensor]] = {}
+    # One set of draws serves every module and k of a side; shapes that share one need that of the largest k.
+    largest: dict[tuple[int, int], int] = {}
     for shape, most in wanted.items():
-        p = min(shape)
-        for d in set(shape) if draws and most > 1 else ():
-            known = nulls.setdefault((d, p), {})
-            known |= {n: part_null_draws(d, n, most, draws=draws, seed=seed) for n in part_sizes(d, p, min(parts, p))}
+        for d in shape:
+            largest[d, min(shape)] = max(most, largest.get((d, min(shape)), 1))
+    nulls = {
+        (d, p): {n: part_null_draws(d, n, most, draws=draws, seed=seed) for n in part_sizes(d, p, min(parts, p))}
+        for (d, p), most in largest.items()
+        if draws and most > 1
+    }
 
     def rows_of_matrix(weight: Tensor, modules: list[Module]) -> list[Rows]:
         p = min(weight.shape)

@@ -14,6 +14,7 @@ Values
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
@@ -163,6 +164,8 @@ def train(
     resumed = None if path is None else load_state(path, model, optimizer, settings)
     state = resumed or RunState(0, [], 0)
     require_equal("checkpoint: steps made", state.step)
+    if progress and rank() == 0 and total is not None and state.step >= total:
+        print(f"{path}: all {total} steps were made before, nothing is trained.", file=sys.stderr)
     losses, seen = list(state.losses), state.tokens
     device = trained[0].device.type
     with ExitStack() as stack:

@@ -87,6 +87,25 @@ def test_planted_families_and_an_outlier_are_found() -> None:
     assert pairs.head(12)["same_start"].all()
 
 
+def test_of_a_few_none_stands_apart_and_to_be_like_all_others_is_not_to() -> None:
+    common = update(1)
+
+    def near(seed: int, like: float) -> la.Adapter:
+        own = update(100 + seed)
+        up, down = own.up + like * common.up, own.down + like * common.down
+        size = la.LowRankUpdate(up, down, 1.0).norm()
+        return la.Adapter({"q": la.LowRankUpdate(up, down, 1 / size)})  # of one norm, so that cosines alone tell
+
+    three = la.atlas([la.Adapter({"q": update(seed, scale=scale)}) for seed, scale in ((1, 1.0), (2, 1.1), (3, 90.0))])
+    few = three.adapters()
+    assert few["norm_score"].abs().max() > 3.5
+    assert not few["outlier"].any()
+    many = la.atlas([near(seed, 0.6 if seed else 9.0) for seed in range(12)]).adapters()
+    assert many["cosine_score"].idxmax() == 0
+    assert many.loc[0, "cosine_score"] > 3.5
+    assert not many.loc[0, "outlier"]
+
+
 def test_one_adapter_and_one_of_zeros() -> None:
     alone = la.atlas(shelf(1))
     assert alone.order() == [0]

@@ -1,6 +1,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -78,6 +79,25 @@ def test_shares_do_not_depend_on_the_scale_and_missing_values_are_flagged():
     )
     for name, k in (("zero", 2), ("nan", 2), ("good", 5), ("nothing", 2)):
         assert table.loc[(name, "out", k), ["overlap", "p", "energy_share"]].isna().all(axis=None)
+
+
+@pytest.mark.parametrize("names", [("wide", "square"), ("square", "wide")])
+def test_shapes_that_share_a_side_share_its_draws_up_to_the_largest_k(names):
+    shapes, ranks = {"wide": (12, 24), "square": (12, 12)}, {"wide": 5, "square": 3}
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    updates = {n: la.LowRankUpdate(random(shapes[n][0], ranks[n]), random(ranks[n], shapes[n][1]), 1.0) for n in names}
+    base = la.load_base({f"{n}.weight": random(*shapes[n]) for n in names})
+    table = la.spectrum_overlap_table(la.Adapter(updates), base, parts=3, draws=50)
+    alone = pd.concat(
+        la.spectrum_overlap_table(la.Adapter({n: updates[n]}), base, parts=3, draws=50) for n in names
+    ).reset_index(drop=True)
+    assert table["p"].notna().all()
+    exact = ["module", "side", "k", "part", "overlap", "null_mean", "energy_share"]
+    pd.testing.assert_frame_equal(table[exact], alone[exact])
 
 
 def test_wrong_arguments_are_named():
