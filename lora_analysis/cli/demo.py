@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Annotated
 
 import typer
 
+from lora_analysis.cli import options
 from lora_analysis.errors import LoraAnalysisError
 
 
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Four adapters of 20 steps, for the impatient.")] = False,
     out: Annotated[Path, typer.Option(help="Where adapters, tables and figures go.")] = Path("lora-demo"),
+    as_json: options.AsJson = False,
 ) -> None:
     """Fine-tune a real model by LoRA at several ranks, and analyse what was learned.
 
@@ -34,7 +37,11 @@ def demo(
     except ImportError as error:
         raise LoraAnalysisError(str(error)) from error
 
-    run_demo(out, quick=quick)
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        findings = run_demo(out, quick=quick)
     runs, weights = out / "runs", json.loads((out / "base.json").read_text("utf-8"))["path"]
+    if as_json:
+        print(json.dumps({"findings": findings, "runs": str(runs), "base": weights}, indent=1))
+        return
     print(f"\nThe pretrained weights, for --base: {weights}")
     print(f"Look at them: lora-analysis report {runs}/*-r* --base {weights} --study {out} --out {out}-report")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ def figure(
     base_revision: options.BaseRevision = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """A figure in print quality, with what chance gives drawn in it.
 
@@ -104,7 +106,10 @@ def figure(
         sources, opened, weights, module, side, target, metric, k, columns, {"seed": seed, "workers": workers}
     )
     path = plots.save_figure(_MAKERS[kind](request), out or Path(f"{kind}.png"))
-    say(f"drawn: {path}")
+    if as_json:
+        print(json.dumps({"figure": str(path)}))
+    else:
+        say(f"drawn: {path}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,7 @@ def report(
     base_revision: options.BaseRevision = None,
     device: options.Device = "cpu",
     workers: options.Workers = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """All five questions as HTML: a page for each adapter, for every two, for a shelf, for a study. Opens from disk.
 
@@ -72,4 +74,4 @@ def report(
     report_notes(opened)
     if weights is not None:
         report_base(weights)
-    print(page)
+    print(json.dumps({"index": str(page)}) if as_json else page)

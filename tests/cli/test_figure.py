@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -94,6 +95,12 @@ def test_wrong_usage_is_told(
     assert run(monkeypatch, *arguments) == code
     told = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert why in told
+
+
+def test_json_says_where_it_is(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                               tmp_path: Path) -> None:  # fmt: skip
+    assert run(monkeypatch, "spectra", files / "a", "--out", tmp_path / "s.pdf", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"figure": str(tmp_path / "s.pdf")}
 
 
 def test_the_middle_layer_is_drawn() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -80,6 +81,11 @@ def test_every_command_has_a_line_in_the_list_and_an_example(name: str) -> None:
     short = COMMANDS[name][1]
     assert short.endswith((".", "?", ")"))
     assert len(short) <= 58  # or the list would cut it
+
+
+def test_every_command_has_json() -> None:
+    for name, (command, _) in COMMANDS.items():
+        assert "as_json" in inspect.signature(command).parameters, name
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in LONG])

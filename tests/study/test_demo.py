@@ -1,8 +1,12 @@
 """The demo from end to end, and that what it prints follows from what it leaves behind."""
 
+import json
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
+from command_line import run as command
 from safetensors.torch import load_file
 
 import lora_analysis as la
@@ -30,10 +34,16 @@ def test_it_prints_ten_findings_and_leaves_what_it_promises(quick_demo):
     assert figures == {name + suffix for name in names for suffix in (".png", ".pdf")}
 
 
-def test_analysing_again_gives_the_same_findings(quick_demo):
+def test_asked_again_it_trains_nothing_and_gives_the_same_findings(quick_demo):
     before = (quick_demo / "findings.txt").read_text(encoding="utf-8")
     tables = {path: path.read_bytes() for path in (quick_demo / "tables").glob("*.csv")}
-    analyse(quick_demo)
+    found = command("demo", "--quick", "--out", quick_demo, "--json")
+    assert found.returncode == 0, found.stderr
+    assert "0 left" in found.stderr
+    said = json.loads(found.stdout)
+    assert len(said["findings"]) == 10
+    assert all("".join(finding.split()) in "".join(before.split()) for finding in said["findings"])
+    assert Path(said["base"]).is_file()
     assert (quick_demo / "findings.txt").read_text(encoding="utf-8") == before
     assert tables
     assert all(path.read_bytes() == content for path, content in tables.items())
