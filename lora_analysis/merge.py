@@ -139,7 +139,10 @@ def _svd(adapter: Adapter, name: str, first: Module) -> Svd:
     if module.scale_source == "unknown":
         raise UndefinedUpdateError(f"{where}: expected a known scale, got none. Pass alpha= when loading the adapter.")
     update = adapter[name]
-    svd = update.svd() if isinstance(update, LowRankUpdate) else update.svd(leading(module, update))
+    try:
+        svd = update.svd() if isinstance(update, LowRankUpdate) else update.svd(leading(module, update))
+    except UndefinedUpdateError as error:
+        raise UndefinedUpdateError(f"{where}: {error} Merge adapters of finite numbers.") from error
     _require_whole(update, svd, where)
     return svd.top(numerical_rank(svd.S, module.shape))
 

@@ -106,7 +106,7 @@ def _version(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    """Options before any command."""
 
 
 for command, short in COMMANDS:

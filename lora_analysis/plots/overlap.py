@@ -51,7 +51,10 @@ def spectrum_overlap(table: pd.DataFrame, *, side: str = "out", k: int | None = 
         k = int(counts[counts == counts.max()].index.max())
     rows = rows[rows["k"] == k]
     if rows.empty:
-        raise ValueError(f"{where}: expected overlaps on side {side!r} at k={k}, got none.")
+        at = "" if k is None else f" at k={k}"
+        raise ValueError(
+            f"{where}: expected overlaps on side {side!r}{at}, got none: ΔW or W is zero, or k beyond its rank."
+        )
     ax = axes_or_new(ax)
     spread = (rows["null_sd"] / rows["null_mean"]).groupby(rows["part"]).max()
     parts = spread.index.to_numpy()
