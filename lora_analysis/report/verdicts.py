@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from lora_analysis.report.measured import at_largest_k
 from lora_analysis.tables.discoveries import RATE, findings
+
+_RANKS = 4
+"""Most r that are told one by one."""
 
 
 class Verdict(NamedTuple):
@@ -35,9 +36,16 @@ def wasted_rank(rank: pd.DataFrame) -> Verdict:
     above = int((known["effective_rank"] > known["effective_rank_high"]).sum())
     counts = [(below, "below chance"), (above, "above it"), (len(known) - below - above, "consistent with chance")]
     told = ", ".join(f"{count} {words}" for count, words in counts if count)
+    # Medians over several r would be of none of them.
+    by_r = known.groupby("r")[["effective_rank", "k90"]].median()
+    ranks, held = (
+        ", ".join(f"{_figure(by_r.loc[r, column])} of {r}" for r in by_r.index[:_RANKS])
+        for column in ("effective_rank", "k90")
+    )
+    more = " and so on" if len(by_r) > _RANKS else ""
     answer = (
-        f"Median effective rank {_figure(known['effective_rank'].median())} of r = {_span(known['r'])}; of "
-        f"{_modules(len(known))}, {told}. 90 % of ‖ΔW‖² lies in {_figure(known['k90'].median())} directions."
+        f"Median effective rank {ranks}{more}; of {_modules(len(known))}, {told}. Directions that hold 90 % "
+        f"of ‖ΔW‖²: {held}{more}."
     )
     if rank["learned_q"].notna().any():
         answer += f" {findings(rank['learned_q'], 'Directions learned in A')}"
@@ -172,11 +180,6 @@ def _share(value: Any) -> str:
     if 0.99 < value < 1:
         return f"{math.floor(1e4 * value) / 100:g} %"
     return f"{100 * value:,.0f} %" if value >= 1 else f"{100 * value:.2g} %"
-
-
-def _span(values: Sequence[int] | pd.Series[int]) -> str:
-    low, high = int(np.min(values)), int(np.max(values))
-    return str(low) if low == high else f"{low} to {high}"
 
 
 def _modules(count: int) -> str:
